@@ -1,0 +1,209 @@
+"""RunConfig: everything that a run is told, validated. An unknown key is refused, the nearest one named."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its value and what would do."""
+
+
+class Part(BaseModel):
+    """A frozen piece of configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Part):
+    """Where images come from and how they are split. The search split is cut off the training split."""
+
+    source: str = "digits"
+    """`digits`, a folder of class folders, a folder or file of Parquet, or a dataset's name on the hub."""
+    image_column: str | None = None
+    """The column with images; found by its type where it is not given (datasets only)."""
+    label_column: str = "label"
+    train_split: str = "train"
+    test_split: str | None = "test"
+    """The split that is read once, for the final table; where there is none, `test_fraction` is cut off."""
+    test_fraction: Fraction = 0.2
+    size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels at which images are kept: in memory up to 96, above that read from disk as needed."""
+    train_images: Count | None = None
+    """Use only this many training images, spread evenly over the classes."""
+    search_images: Count = 1000
+    """Images taken off the training split to score candidates and to calibrate."""
+    test_images: Count | None = None
+    batch_size: Count = 64
+    augment: Literal["none", "shift", "standard", "strong"] = "standard"
+    """`shift` moves the image a little; `standard` also mirrors it; `strong` adds RandAugment and erasing."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes for images that are read from disk."""
+
+
+class TrainConfig(Part):
+    """How the supernet is trained."""
+
+    strategy: Literal["delayed-shrinking", "sandwich"] = "delayed-shrinking"
+    epochs: Annotated[float, Field(gt=0)] = 30.0
+    optimizer: Literal["sgd", "rmsprop", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Fraction = 0.1
+    dropout: Fraction = 0.0
+    """Before the classifier, for the largest network only."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth of the last block (earlier blocks less), for the largest network only."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    random_subnets: Annotated[int, Field(ge=0)] = 2
+    """Subnets drawn at random for each step, beside the largest and the smallest."""
+    switch: Fraction = 0.5
+    """Delayed shrinking: the part of the run in which the largest network learns alone."""
+    ramp_epochs: Annotated[float, Field(ge=0)] = 5.0
+    """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Automatic mixed precision on CUDA; `auto` is bf16 where the GPU has it. Never on the CPU."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+
+
+class SearchConfig(Part):
+    """How the supernet is searched."""
+
+    trials: Count = 100
+    objectives: tuple[str, ...] = ("top1", "latency_ms")
+    """Of `top1`, `latency_ms`, `size_mb`, `mmacs`, `peak_mb`: the first is maximised, others minimised."""
+    limits: Mapping[str, float] = Field(default_factory=dict)
+    """Metric -> bound: at most, for costs; at least, for `top1`."""
+    sampler: str = "NSGAIISampler"
+    """Any Optuna sampler by its class name."""
+    population: Annotated[int, Field(ge=2)] = 20
+    warm_start: Annotated[int, Field(ge=0)] = 6
+    """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
+    recalibration_images: Count = 1024
+    calibration_images: Count = 128
+
+
+class ProfileConfig(Part):
+    """Where and how latency is measured."""
+
+    device: str = "ort:cpu?threads=1"
+    seconds: Annotated[float, Field(gt=0)] = 1.5
+    """The longest that one measurement may take after warm-up."""
+    tolerance: Annotated[float, Field(gt=0)] = 0.01
+    """Stop early when the 95 % interval of the ratio to the reference is within this fraction of it."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class ExportConfig(Part):
+    """What is handed over."""
+
+    dynamic_batch: bool = False
+    members: Count = 12
+    """At most this many members of the front are exported, spread along it."""
+
+
+class RunConfig(Part):
+    """A whole run: one space, one data source, one device."""
+
+    name: str
+    space: str
+    """A file such as those in search_spaces/, relative to the configuration file or to the working folder."""
+    seed: int = 0
+    torch_device: str = "auto"
+    """Where the supernet is trained: `cpu`, `cuda`, or `auto` (CUDA where there is one)."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+    profile: ProfileConfig = ProfileConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def load_config(path: Path, *, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the TOML file `path`, with `overrides` such as `train.epochs=5` laid over it.
+
+    An override's value is read as TOML; what is not TOML is taken as a word.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key (the nearest known one is named), a bad value, or
+            no such space file.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r} must be key=value, such as train.epochs=5")
+        table = content
+        *parents, last = key.split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
+        table[last] = _value(text)
+    if isinstance(content.get("space"), str):
+        content["space"] = str(_find(content["space"], near=path.parent))
+    return parse_config(content, origin=str(path))
+
+
+def parse_config(content: Mapping[str, Any], *, origin: str) -> RunConfig:
+    """The configuration that the nested mapping `content` holds; `origin` names it in messages.
+
+    Raises:
+        ConfigError: an unknown key or a bad value; every one is listed, a line each.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _find(name: str, *, near: Path) -> Path:
+    places = dict.fromkeys([near / name, Path(name)])
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    raise ConfigError(
+        f"space is {name!r}, but there is no file {' nor '.join(str(place) for place in places)}"
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    location = [str(step) for step in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+        return f"{key}: {problem['msg']}{given}"
+    part: type[BaseModel] = RunConfig
+    for step in location[:-1]:
+        annotation = part.model_fields[step].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            part = annotation
+    known = list(part.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"

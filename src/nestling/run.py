@@ -1,0 +1,180 @@
+"""A run's folder: its files by name, where they came from, and the one way in which files are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nestling.config import ConfigError, RunConfig, parse_config
+
+PACKAGES = ("nestling", "torch", "torchvision", "timm", "optuna", "onnx", "onnxruntime", "numpy")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked; the message names the folder and what would do."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader sees the old file or the whole new one, also after a crash.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the message names the path and the size.
+    """
+    try:
+        _write(path, data)
+    except OSError as error:
+        size = f"{len(data):,} bytes"
+        raise OSError(error.errno, f"could not write {path} ({size}): {error.strerror}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run's folder. `Run.create` makes it, `Run.open` finds it again."""
+
+    folder: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.json"
+
+    @property
+    def space_file(self) -> Path:
+        """The search space, with the constants that the data decided."""
+        return self.folder / "space.toml"
+
+    @property
+    def study_file(self) -> Path:
+        """Optuna's study, in SQLite."""
+        return self.folder / "study.db"
+
+    @property
+    def exports(self) -> Path:
+        """The folder of exported networks."""
+        return self.folder / "exports"
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig) -> Run:
+        """The run in `folder`, made if need be, holding `config` and its provenance.
+
+        Raises:
+            RunError: the folder holds a run with another configuration.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder)
+        if run.config_file.exists():
+            old = run.config()
+            if old != config:
+                keys = ", ".join(sorted(_differences(old.model_dump(), config.model_dump())))
+                raise RunError(
+                    f"{folder} holds a run with another configuration (it differs in {keys}); "
+                    "choose another folder with --output, or remove this one"
+                )
+            return run
+        run.write_json("provenance.json", provenance())
+        write_atomically(run.config_file, config.model_dump_json(indent=2).encode())
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """The run that `folder` holds.
+
+        Raises:
+            RunError: there is none.
+        """
+        run = cls(folder)
+        if not run.config_file.exists():
+            raise RunError(f"{folder} holds no run (it has no config.json); `nestling run CONFIG` makes one")
+        return run
+
+    def config(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: the file was changed to something that is no configuration.
+        """
+        try:
+            content = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self.config_file} is not JSON: {error}") from None
+        return parse_config(content, origin=str(self.config_file))
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """The path of `name` in the folder, now holding `content` as JSON."""
+        path = self.folder / name
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+        return path
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote; None where there is no such file."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a run is made: versions, machine, the command, the commit of the working folder."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a folder of sources
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for key in old.keys() | new.keys():
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping) and key != "limits":
+            found |= _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.add(f"{prefix}{key}")
+    return found
