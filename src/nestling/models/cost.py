@@ -1,0 +1,193 @@
+"""Cost of a plain network: multiply-accumulates, parameters, activation bytes and their peak."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one image costs.
+
+    Attributes:
+        macs: multiply-accumulates of convolutions and matrix products.
+        params: trainable numbers.
+        activation_bytes: bytes written by convolutions and matrix products in 32-bit floats, the quantity
+            that Dollár et al. 2021 (arXiv 2103.06877) tie to run time.
+        peak_bytes: the most bytes that activations take at once, the input included. A tensor takes memory
+            from the operator that writes it to the last one that reads it; an elementwise operator (and
+            batch normalization) writes over an input that nobody reads later, as in an inference runtime.
+    """
+
+    macs: int
+    params: int
+    activation_bytes: int
+    peak_bytes: int
+
+
+def cost(network: nn.Module, resolution: int) -> Cost:
+    """The cost of one `resolution` x `resolution` colour image through `network`.
+
+    Runs the network on the meta device: nothing is computed, and `network` may be on the meta device itself.
+    """
+    training = network.training
+    tensors = (
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    )
+    meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    network.eval()
+    try:
+        with torch.no_grad():
+            image = torch.empty(1, 3, resolution, resolution, device="meta")
+            with _Recorder(image) as recorder:
+                logits = torch.func.functional_call(network, meta, (image,), tie_weights=False)
+    finally:
+        network.train(training)
+    params = sum(p.numel() for p in network.parameters())
+    return Cost(recorder.macs, params, recorder.activation_bytes, recorder.peak_bytes(logits))
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """An operator that ran: the memory it read and wrote, and whether it can write over what it read."""
+
+    reads: tuple[int, ...]
+    writes: int
+    size: int
+    in_place: bool
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators as they run, and notes which memory each reads and writes."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = self.activation_bytes = 0
+        self._events = [_Event((), _memory(image), _size(image), in_place=False)]
+        # all tensors are kept until the end (on the meta device they are free): memory that is given back
+        # could be handed out again under the same address
+        self._tensors: list[Tensor] = [image]
+        self._activations = {_memory(image)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # shape and type are known without the meta kernels of these, which take most of the time
+        result: Any
+        if func in _ACTIVATIONS:
+            result = torch.empty_like(args[0])
+        elif func in _ACTIVATIONS_IN_PLACE:
+            result = args[0]
+        elif func in _NORMALIZATION:
+            result = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
+        else:
+            result = func(*args, **(kwargs or {}))
+        written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if written:
+            count = _MACS.get(func)
+            if count is not None:
+                self.macs += count(args, written[0])
+                self.activation_bytes += _size(written[0])
+            self._note(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], written)
+        return result
+
+    def _note(self, func: Any, read: list[Tensor], written: list[Tensor]) -> None:
+        self._tensors += written
+        reads = tuple(m for m in dict.fromkeys(map(_memory, read)) if m in self._activations)
+        if reads:  # else it computes with weights alone: that is done once, not for each image
+            memory = _memory(written[0])
+            in_place = torch.Tag.pointwise in func.tags or func in _NORMALIZATION or func in _ACTIVATIONS
+            self._events.append(_Event(reads, memory, _size(written[0]), in_place))
+            self._activations.update(map(_memory, written))
+
+    def peak_bytes(self, logits: Tensor) -> int:
+        """The most bytes alive at once, where `logits` is what the network gave."""
+        last = {memory: time for time, event in enumerate(self._events) for memory in event.reads}
+        last[_memory(logits)] = len(self._events)
+        alive: dict[int, int] = {}
+        peak = 0
+        for time, event in enumerate(self._events):
+            ending = [memory for memory in event.reads if last[memory] == time and memory in alive]
+            if event.writes not in alive and event.writes not in event.reads:
+                if event.in_place and event.size in (alive[memory] for memory in ending):
+                    ending_here = next(memory for memory in ending if alive[memory] == event.size)
+                    ending.remove(ending_here)
+                    del alive[ending_here]
+                alive[event.writes] = event.size
+            peak = max(peak, sum(alive.values()))
+            for memory in ending:
+                del alive[memory]
+        return peak
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _convolution(args: tuple[Any, ...], result: Tensor) -> int:
+    image, weight, transposed = args[0], args[1], args[6]
+    return int((image if transposed else result).numel() * math.prod(weight.shape[1:]))
+
+
+def _matrix_product(left: int) -> Callable[[tuple[Any, ...], Tensor], int]:
+    def count(args: tuple[Any, ...], result: Tensor) -> int:
+        return int(result.numel() * args[left].shape[-1])
+
+    return count
+
+
+def _attention(args: tuple[Any, ...], _: Tensor) -> int:
+    query, key, value = args[:3]
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    return int(scores * (query.shape[-1] + value.shape[-1]))
+
+
+_MACS: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
+    _aten.convolution.default: _convolution,
+    _aten.addmm.default: _matrix_product(1),
+    _aten.mm.default: _matrix_product(0),
+    _aten.bmm.default: _matrix_product(0),
+    _aten.baddbmm.default: _matrix_product(1),
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    _aten._scaled_dot_product_flash_attention.default: _attention,
+    _aten._scaled_dot_product_efficient_attention.default: _attention,
+    _aten._scaled_dot_product_fused_attention_overrideable.default: _attention,
+}
+
+_NORMALIZATION = {
+    _aten.native_batch_norm.default,
+    _aten._native_batch_norm_legit_no_training.default,
+    _aten.cudnn_batch_norm.default,
+}
+_ACTIVATIONS = {
+    _aten.relu.default,
+    _aten.hardswish.default,
+    _aten.hardsigmoid.default,
+    _aten.hardtanh.default,
+    _aten.silu.default,
+    _aten.sigmoid.default,
+    _aten.gelu.default,
+}
+_ACTIVATIONS_IN_PLACE = {
+    _aten.relu_.default,
+    _aten.hardswish_.default,
+    _aten.hardsigmoid_.default,
+    _aten.hardtanh_.default,
+    _aten.silu_.default,
+    _aten.sigmoid_.default,
+}

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from nestling.models.lending import LendingError
+from nestling.models.mobilenet import build, rebuild
+from nestling.models.supernet import Supernet, at_resolution, regularize
+from nestling.space import Arch, Choice, SearchSpace
+
+
+def plain(supernet: Supernet, arch: Arch) -> nn.Module:
+    """The materialized network, normalizing by its batch."""
+    return supernet.materialize(arch).train()
+
+
+def lent_part(axis: int, large: int, small: int) -> slice:
+    start = (large - small) // 2 if axis >= 2 else 0
+    return slice(start, start + small)
+
+
+def test_a_subnet_computes_the_same_with_lent_and_with_its_own_weights(
+    supernet: Supernet, archs: list[Arch], images: Tensor
+) -> None:
+    with torch.no_grad():
+        for arch in [*archs, supernet.space.smallest, supernet.space.largest]:
+            shared = supernet(images, arch)
+            own = plain(supernet, arch)(at_resolution(images, arch))
+            assert float((shared - own).abs().max()) == 0.0, arch.to_json()
+
+
+def test_the_archs_of_that_comparison_differ_in_resolution_depth_and_kernel(archs: list[Arch]) -> None:
+    for name in ("resolution", "s2.depth", "s2.kernel", "s3.b1.kernel", "stem.width"):
+        assert len({arch[name] for arch in archs}) > 1, name
+
+
+def test_gradients_of_a_subnet_are_those_of_its_plain_network(
+    supernet: Supernet, archs: list[Arch], images: Tensor
+) -> None:
+    arch = archs[0]
+    weights = torch.linspace(-1, 1, 5)
+    torch.autograd.backward((supernet(images, arch) * weights).sum())
+    network = plain(supernet, arch)
+    torch.autograd.backward((network(at_resolution(images, arch)) * weights).sum())
+    lent = dict(supernet.largest.named_parameters())
+    for name, parameter in network.named_parameters():
+        grad, expected = lent[name].grad, parameter.grad
+        assert grad is not None
+        assert expected is not None
+        sizes = enumerate(zip(grad.shape, expected.shape, strict=True))
+        index = tuple(lent_part(axis, large, small) for axis, (large, small) in sizes)
+        assert torch.equal(grad[index], expected), name
+        outside = grad.clone()
+        outside[index] = 0
+        assert not outside.any(), name
+
+
+def test_weights_of_a_subnet_load_into_the_timm_class_that_needs_no_nestling(
+    supernet: Supernet, archs: list[Arch], images: Tensor
+) -> None:
+    for arch in archs[:2]:
+        network = supernet.materialize(arch)
+        source = rebuild(arch)
+        assert "nestling" not in source
+        names: dict[str, Any] = {}
+        exec(source, names)
+        rebuilt = names["network"].to(memory_format=torch.channels_last)
+        rebuilt.load_state_dict(network.state_dict(), strict=True)
+        with torch.no_grad():
+            assert torch.equal(rebuilt.eval()(images), network(images))
+
+
+def test_a_materialized_network_has_its_own_weights(supernet: Supernet) -> None:
+    network = supernet.materialize(supernet.space.largest)
+    assert not network.training
+    before = {name: tensor.clone() for name, tensor in supernet.largest.state_dict().items()}
+    for parameter in network.parameters():
+        assert parameter.requires_grad
+        nn.init.zeros_(parameter)
+    for name, tensor in supernet.largest.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_materialized_network_keeps_kernels_channels_last(supernet: Supernet) -> None:
+    network = supernet.materialize(supernet.space.smallest)
+    stem = network.get_submodule("conv_stem")
+    assert isinstance(stem, nn.Conv2d)
+    assert stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Shared(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 1)
+        self.second = nn.Conv2d(3, width, 1)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.first(images) + 2 * self.second(images)
+        assert isinstance(maps, Tensor)
+        return maps.mean((2, 3)) * self.frozen
+
+
+def test_a_parameter_that_two_layers_share_is_lent_and_stays_shared(images: Tensor) -> None:
+    space = SearchSpace("mobilenet", (Choice("width", (2, 4)),))
+    supernet = Supernet(space, lambda arch: Shared(arch.integer("width")))
+    network = supernet.materialize(space.smallest)
+    assert network.get_parameter("second.weight") is network.get_parameter("first.weight")
+    assert not network.get_parameter("frozen").requires_grad
+    with torch.no_grad():
+        assert torch.equal(supernet(images, space.smallest), network(images))
+
+
+def test_training_changes_no_running_statistics(supernet: Supernet, images: Tensor) -> None:
+    before = {name: buffer.clone() for name, buffer in supernet.largest.named_buffers()}
+    supernet.train()
+    for arch in (supernet.space.largest, supernet.space.smallest):
+        torch.autograd.backward(supernet(images, arch).sum())
+    assert all(torch.equal(b, before[name]) for name, b in supernet.largest.named_buffers())
+
+
+def test_evaluation_normalizes_by_the_batch(supernet: Supernet, images: Tensor) -> None:
+    arch = supernet.space.smallest
+    with torch.no_grad():
+        assert torch.equal(supernet.eval()(images, arch), supernet.train()(images, arch))
+
+
+def test_weights_of_the_plain_largest_network_load_as_they_are(supernet: Supernet) -> None:
+    state = {f"largest.{k}": v for k, v in build(supernet.space.largest).state_dict().items()}
+    supernet.load_state_dict(state, strict=True)
+
+
+def test_images_are_resized_to_the_resolution_of_the_arch_only_where_they_differ(images: Tensor) -> None:
+    assert at_resolution(images, Arch((("resolution", 16),))).shape == (6, 3, 16, 16)
+    assert torch.equal(at_resolution(images, Arch((("resolution", 24),))), images)
+    assert torch.equal(at_resolution(images, Arch(())), images)
+
+
+def test_dropout_and_drop_path_are_for_the_largest_network_in_training_only(
+    space: SearchSpace, images: Tensor
+) -> None:
+    torch.manual_seed(0)
+    supernet = Supernet(space, build, dropout=0.5, drop_path=0.5)
+
+    def varies(arch: Arch) -> bool:
+        with torch.no_grad():
+            return not torch.equal(supernet(images, arch), supernet(images, arch))
+
+    almost = space.canonical({**space.largest, "s2.kernel": 5})
+    assert varies(space.largest)
+    assert not varies(almost)
+    assert not varies(space.smallest)
+    supernet.eval()
+    assert not varies(space.largest)
+
+
+def test_drop_path_rises_linearly_to_its_value_in_the_last_block(space: SearchSpace) -> None:
+    network = build(space.largest)
+    regularize(network, dropout=0.0, drop_path=0.3)
+    found = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+    assert found == pytest.approx([0.3 * i / (len(found) - 1) for i in range(len(found))])
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize("asked", [{"dropout": 0.1, "drop_path": 0.0}, {"dropout": 0.0, "drop_path": 0.1}])
+def test_a_network_without_a_place_for_regularization_is_refused(asked: dict[str, float]) -> None:
+    name = next(key for key, value in asked.items() if value)
+    with pytest.raises(ValueError, match=f"{name} is 0.1, but Linear"):
+        regularize(nn.Linear(2, 2), **asked)
+
+
+def test_a_subnet_larger_than_the_largest_is_refused(supernet: Supernet, images: Tensor) -> None:
+    larger = Arch(tuple({**supernet.space.largest, "s2.width": 32}.items()))
+    with pytest.raises(LendingError, match="cannot be cut"):
+        supernet(images, larger)
+    with pytest.raises(LendingError, match="cannot be cut"):
+        supernet.materialize(larger)
+
+
+def test_shapes_are_built_once_for_an_arch_and_forgotten_when_there_are_too_many(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nestling.models.supernet.CACHED_SHAPES", 4)
+    built: list[Arch] = []
+
+    def counting(arch: Arch) -> nn.Module:
+        built.append(arch)
+        return nn.Sequential(nn.Conv2d(3, arch.integer("width"), 1), nn.Flatten())
+
+    widths = (1, 2, 3, 4, 5, 6)
+    space = SearchSpace("mobilenet", (Choice("width", widths),))
+    supernet = Supernet(space, counting)
+    built.clear()
+    with torch.no_grad():
+        first = space.canonical({"width": 1})
+        for _ in range(3):
+            supernet(images[:1, :, :1, :1], first)
+        assert len(built) == 1
+        for width in (2, 3, 4, 5):
+            supernet(images[:1, :, :1, :1], space.canonical({"width": width}))
+            supernet(images[:1, :, :1, :1], space.largest)
+        assert len(built) == 5  # the largest was in use all along
+        supernet(images[:1, :, :1, :1], first)
+        assert built[-1] == first
