@@ -1,0 +1,140 @@
+"""EvalImages: images to score by, plain, the same to the bit wherever PIL and numpy are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nestling.data.batch import Batch
+from nestling.data.images import Images, fit_all
+from nestling.data.pixels import DataError, normalise
+from nestling.data.splits import Indices, balanced
+
+_KEPT_BYTES = 2 * 1024**3
+"""Resized images up to this size are kept for the next time their resolution is asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvalImages:
+    """Images without augmentation, in a fixed order.
+
+    Attributes:
+        labels: `(N,)` int64.
+        mean: per channel, as a fraction of 255; so is `std`.
+    """
+
+    images: Images = field(repr=False)
+    labels: Indices = field(repr=False)
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    _resized: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False, init=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that name these images, their order, labels and normalisation."""
+        what = repr((self.images.digest(), self.labels.tolist(), self.classes, self.mean, self.std))
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def at(self, resolution: int, *, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """All images once, in order, at `resolution`; the last batch may be smaller.
+
+        Normalised on the CPU, then moved to `device`: the numbers are the same on every device.
+
+        Raises:
+            DataError: a damaged image (on disk only), or a resolution or batch size below 1.
+        """
+        _at_least_one(resolution=resolution, batch_size=batch_size)
+        return self._batches(resolution, batch_size, torch.device(device))
+
+    def _batches(self, resolution: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            pixels = self._pixels(resolution, start, stop)
+            images = torch.from_numpy(normalise(pixels, mean=self.mean, std=self.std))
+            labels = torch.from_numpy(self.labels[start:stop].copy())
+            yield Batch(images=images.to(device), labels=labels.to(device))
+
+    def array(self, resolution: int) -> NDArray[np.float32]:
+        """All images as `(N, 3, resolution, resolution)` float32, normalised: what an ONNX file is fed.
+
+        Raises:
+            DataError: a damaged image (on disk only), or a resolution below 1.
+        """
+        _at_least_one(resolution=resolution)
+        return normalise(self._pixels(resolution, 0, len(self)), mean=self.mean, std=self.std)
+
+    def take(self, count: int) -> EvalImages:
+        """The first `count` images when classes take turns: as many of one class as of another.
+
+        A smaller `take` is the beginning of a larger one.
+
+        Raises:
+            DataError: fewer images than that, or `count` below 1.
+        """
+        _at_least_one(count=count)
+        if count > len(self):
+            raise DataError(f"{count} images asked for, there are {len(self)}; ask for at most that many")
+        chosen = balanced(self.labels)[:count]
+        return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
+
+    def preprocessing(self, resolution: int) -> dict[str, str]:
+        """The steps from a picture to the network's input, in words and numbers, for a file's metadata."""
+        return {
+            "color": "RGB",
+            "resize": f"shorter side to {resolution}, the longer in proportion, rounded down; PIL bicubic; "
+            "left out where the shorter side has that size",
+            "crop": f"centre {resolution} x {resolution}, offsets rounded down",
+            "scale": "divide by 255, subtract mean, divide by std, in float32",
+            "mean": ",".join(map(str, self.mean)),
+            "std": ",".join(map(str, self.std)),
+            "layout": "NCHW",
+        }
+
+    def save_split(self, path: Path) -> None:
+        """Writes an `.npz` that numpy and PIL can score by, atomically: no pickled objects.
+
+        It holds `labels`, `classes`, `mean`, `std`, and the pictures: `images` (N, S, S, 3) uint8 where they
+        are in memory, `paths` where they are files, or `encoded` bytes, the i-th `offsets[i]:offsets[i + 1]`.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    allow_pickle=False,
+                    labels=self.labels,
+                    classes=np.array(self.classes),
+                    mean=np.array(self.mean),
+                    std=np.array(self.std),
+                    **self.images.arrays(),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _pixels(self, resolution: int, start: int, stop: int) -> NDArray[np.uint8]:
+        if len(self) * resolution * resolution * 3 > _KEPT_BYTES:
+            return fit_all(self.images.select(np.arange(start, stop)), resolution)
+        if resolution not in self._resized:
+            self._resized[resolution] = fit_all(self.images, resolution)
+        return self._resized[resolution][start:stop]
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise DataError(f"{name} must be at least 1, not {number}")
