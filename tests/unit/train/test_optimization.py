@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from nestling.config import TrainConfig
+from nestling.train.optimization import Precision, Schedule, make_optimizer
+
+
+def test_the_learning_rate_rises_linearly_then_falls_along_one_cosine() -> None:
+    schedule = Schedule(lr=0.4, warmup_steps=4, steps=24)
+    assert [schedule.at(s) for s in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert schedule.at(4) == pytest.approx(0.4)
+    assert schedule.at(14) == pytest.approx(0.2)
+    rates = [schedule.at(s) for s in range(4, 24)]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < schedule.at(23) < 0.01 * 0.4
+
+
+def test_without_a_warm_up_the_learning_rate_starts_at_its_highest() -> None:
+    assert Schedule(lr=0.4, warmup_steps=0, steps=10).at(0) == 0.4
+    assert Schedule(lr=0.4, warmup_steps=9, steps=3).at(2) == pytest.approx(0.4 / 3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
+def test_weight_decay_spares_norms_and_biases(name: Literal["sgd", "rmsprop", "adamw"]) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    frozen = network.append(nn.Linear(2, 2, bias=False))[-1].get_parameter("weight").requires_grad_(False)
+    optimizer = make_optimizer(network, TrainConfig(optimizer=name, weight_decay=0.01))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert id(frozen) not in decay
+    for key, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.01 if key in ("0.weight", "3.weight") else 0.0), key
+
+
+def test_the_optimizer_is_the_one_that_the_configuration_names() -> None:
+    network = nn.Linear(2, 2)
+    sgd = make_optimizer(network, TrainConfig(optimizer="sgd", momentum=0.8))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.8, True)
+    plain = make_optimizer(network, TrainConfig(optimizer="sgd", momentum=0.0))
+    assert plain.defaults["nesterov"] is False
+    rmsprop = make_optimizer(network, TrainConfig(optimizer="rmsprop", momentum=0.9))
+    assert isinstance(rmsprop, torch.optim.RMSprop)
+    assert (rmsprop.defaults["alpha"], rmsprop.defaults["eps"]) == (0.9, 0.0316)
+    assert isinstance(make_optimizer(network, TrainConfig(optimizer="adamw")), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "off"])
+def test_precision_is_never_mixed_on_the_cpu(amp: str) -> None:
+    precision = Precision(amp, torch.device("cpu"))
+    with precision.autocast():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+    assert precision.state() == {}
+
+
+def test_gradients_are_clipped_to_the_norm_and_removed_after_the_step() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision("auto", torch.device("cpu"))
+    precision.backward((weight * torch.tensor([30.0, 40.0])).sum())
+    precision.step(optimizer, [weight], clip_norm=1.0)
+    assert weight.detach().tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
+    assert weight.grad is None
