@@ -1,0 +1,18 @@
+"""Integer arithmetic: which layers (policy), which numbers (ranges), in PyTorch (fake) and in ONNX (qdq)."""
+
+from nestling.quant.fake import Simulation, simulate
+from nestling.quant.policy import PRECISIONS, Format, Precision, QuantPolicy
+from nestling.quant.qdq import insert_qdq
+from nestling.quant.ranges import Range, observe
+
+__all__ = [
+    "PRECISIONS",
+    "Format",
+    "Precision",
+    "QuantPolicy",
+    "Range",
+    "Simulation",
+    "insert_qdq",
+    "observe",
+    "simulate",
+]

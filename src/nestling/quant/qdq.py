@@ -1,0 +1,93 @@
+"""Quantized arithmetic in ONNX: integer constants, and Quantize and Dequantize nodes around the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+from nestling.quant.ranges import Range
+
+
+def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.ModelProto:
+    """A new model that computes `model` with the arithmetic of `ranges`; `model` itself where there are none.
+
+    A constant is stored as integers behind a DequantizeLinear. Any other tensor passes a QuantizeLinear and a
+    DequantizeLinear, one pair however many read it; a runtime fuses these with the operators between them.
+
+    Args:
+        model: of 32-bit floats, with opset 21 or later.
+        ranges: by the model's names of tensors and initializers.
+
+    Raises:
+        ValueError: a range for a name that the model does not have, or for its output, which stays float.
+    """
+    if not ranges:
+        return model
+    graph = model.graph
+    constants = {constant.name for constant in graph.initializer}
+    inputs = [value.name for value in graph.input]
+    computed = {*inputs, *(name for node in graph.node for name in node.output)}
+    unknown = ranges.keys() - constants - computed
+    if unknown:
+        raise ValueError(f"a range for {min(unknown)!r}, which the model does not have")
+    outputs = {value.name for value in graph.output} & ranges.keys()
+    if outputs:
+        raise ValueError(f"a range for {min(outputs)!r}, the model's output, which stays float")
+
+    stored: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+    for constant in graph.initializer:
+        if constant.name not in ranges:
+            stored.append(constant)
+            continue
+        found = ranges[constant.name]
+        values = torch.from_numpy(numpy_helper.to_array(constant).copy())
+        integers = found.integers(values).numpy().astype(found.dtype)
+        stored.append(numpy_helper.from_array(integers, f"{constant.name}.quantized"))
+        nodes.append(_dequantize(constant.name, f"{constant.name}.quantized", found, stored))
+    read_as = {name: f"{name}.dequantized" for name in ranges.keys() & computed}
+    for name in inputs:
+        nodes += _pair(name, ranges, stored)
+    for node in graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [read_as.get(name, name) for name in node.input]
+        nodes.append(copy)
+        for name in node.output:
+            nodes += _pair(name, ranges, stored)
+
+    quantized = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), stored)
+    return helper.make_model(
+        quantized,
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+    )
+
+
+def _pair(name: str, ranges: Mapping[str, Range], stored: list[onnx.TensorProto]) -> list[onnx.NodeProto]:
+    """The nodes that take tensor `name` through the integers of its range; none where it has no range."""
+    if name not in ranges:
+        return []
+    integers = f"{name}.quantized"
+    dequantize = _dequantize(f"{name}.dequantized", integers, ranges[name], stored)
+    operands = [name, *dequantize.input[1:]]
+    return [helper.make_node("QuantizeLinear", operands, [integers], name=integers), dequantize]
+
+
+def _dequantize(output: str, integers: str, found: Range, stored: list[onnx.TensorProto]) -> onnx.NodeProto:
+    """The node that writes `output`; its scale and zero point are added to `stored`."""
+    stem = integers.removesuffix(".quantized")
+    scale = found.scale.numpy().astype(np.float32)
+    zero_point = found.zero_point.numpy().astype(found.dtype)
+    stored.append(numpy_helper.from_array(scale, f"{stem}.scale"))
+    stored.append(numpy_helper.from_array(zero_point, f"{stem}.zero_point"))
+    operands = [integers, f"{stem}.scale", f"{stem}.zero_point"]
+    node = helper.make_node("DequantizeLinear", operands, [output], name=f"{stem}.dequantized")
+    if found.axis is not None:
+        node.attribute.append(helper.make_attribute("axis", found.axis))
+    return node

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nestling.models.graph import Graph, trace
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU6()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.act2 = nn.ReLU()
+
+    def forward(self, maps: Tensor) -> Tensor:
+        inner = self.conv2(self.act1(self.bn1(self.conv1(maps))))
+        result = self.act2(inner + maps)
+        assert isinstance(result, Tensor)
+        return result
+
+
+class Gate(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.sigmoid = nn.Hardsigmoid()
+
+    def forward(self, maps: Tensor) -> Tensor:
+        result = maps * self.sigmoid(self.conv(maps.mean((2, 3), keepdim=True)))
+        assert isinstance(result, Tensor)
+        return result
+
+
+@pytest.fixture(scope="session")
+def graph() -> Graph:
+    """Two residual blocks, a gate, a h-swish, pooling of both kinds; five classes, 12 px."""
+    torch.manual_seed(0)
+    network = nn.Sequential()
+    network.add_module("stem", nn.Conv2d(3, 16, 3, padding=1))
+    network.add_module("act", nn.ReLU())
+    network.add_module("pool", nn.MaxPool2d(2))
+    network.add_module("a", Residual(16))
+    network.add_module("b", Residual(16))
+    network.add_module("gate", Gate(16))
+    network.add_module("wide", nn.Conv2d(16, 32, 1))
+    network.add_module("swish", nn.Hardswish())
+    network.add_module("head", nn.Conv2d(32, 32, 1))
+    network.add_module("mean", nn.AdaptiveAvgPool2d(1))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("classifier", nn.Linear(32, 5))
+    return trace(network.eval(), resolution=12)
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """64 normalised images (64, 3, 12, 12) that differ in more than noise."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(64, 3, 3, 3, generator=generator)
+    return nn.functional.interpolate(coarse, size=(12, 12), mode="bilinear")
