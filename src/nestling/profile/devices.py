@@ -1,0 +1,358 @@
+"""Devices: `connect` turns an address into something that measures ONNX files and runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestling.profile.address import Address, parse_address
+from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.reference import reference_model
+from nestling.profile.store import MeasurementStore
+from nestling.profile.transport import Answer, DeviceError, LocalProcess, Transport, WorkerLostError
+
+START_SECONDS = 60.0
+"""What starting a worker may take: Python, the runtime's libraries, the reference model."""
+REFERENCE = "reference"
+CANDIDATE = "candidate"
+_COPY = re.compile(r"_token_\d+$")
+"""What the runtime appends to a node's name when it changes the node's layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizedOp:
+    """A node that is left after the runtime's optimizations.
+
+    A quantized layer keeps its name (`stem`, as `com.microsoft.QLinearConv`); a convolution in float that the
+    CPU runs in blocks of channels is named after its output (`maps_nchwc`, `com.microsoft.nchwc.Conv`).
+    """
+
+    name: str
+    op: str
+
+
+class Device(Protocol):
+    """Something that runs ONNX files. A context manager: leaving it ends what it started."""
+
+    @property
+    def name(self) -> str:
+        """The address, in full."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the device is."""
+
+    def measure(self, path: Path) -> Measurement:
+        """How long the file takes.
+
+        Raises:
+            DeviceError: the file was refused, or the device crashed, hung or was lost.
+        """
+
+    def predict(
+        self, path: Path, images: NDArray[np.float32], *, key: str | None = None
+    ) -> NDArray[np.float32]:
+        """The logits (N, classes) of the file for `images` (N, 3, H, W).
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
+        """What the runtime makes of the file.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def close(self) -> None:
+        """Ends what the device has started."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def connect(
+    address: str,
+    *,
+    seconds: float = 1.5,
+    tolerance: float = 0.01,
+    timeout_seconds: float = 120.0,
+    store: MeasurementStore | None = None,
+) -> WorkerDevice:
+    """The device at `address`, ready to measure: its worker has been started and has said what it is.
+
+    Args:
+        address: A runtime and its options, `ort:cpu?threads=2`.
+        seconds: The longest that one measurement may take after warm-up; a slow file is still timed 10 times.
+        tolerance: Half the 95 % interval of the ratio, as a part of it, at which a measurement ends early.
+        timeout_seconds: The longest that one call of the device may take; after that its worker is killed.
+        store: Where measurements are kept; a file found there is not timed again.
+
+    Raises:
+        DeviceError: an address that cannot be read, a runtime that is not installed, more threads than
+            cores, or limits that make no sense.
+    """
+    parsed = parse_address(address)
+    if not (seconds > 0 and tolerance > 0):
+        raise DeviceError(
+            f"device {address!r}: seconds={seconds} and tolerance={tolerance} must be above zero"
+        )
+    if timeout_seconds <= seconds:
+        raise DeviceError(
+            f"device {address!r}: timeout_seconds={timeout_seconds} must be above seconds={seconds}; "
+            "a measurement would be cut off"
+        )
+    device = WorkerDevice(
+        parsed,
+        transport=LocalProcess(),
+        seconds=seconds,
+        tolerance=tolerance,
+        timeout_seconds=timeout_seconds,
+        store=store,
+    )
+    device.start()
+    return device
+
+
+class WorkerDevice:
+    """A device behind a worker: one call at a time; the call after a loss starts another worker."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        transport: Transport,
+        seconds: float,
+        tolerance: float,
+        timeout_seconds: float,
+        store: MeasurementStore | None = None,
+    ) -> None:
+        self.address = address
+        self.transport = transport
+        self.seconds, self.tolerance, self.timeout_seconds = seconds, tolerance, timeout_seconds
+        self.store = store
+        self._fingerprint: Fingerprint | None = None
+        self._held: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._alone = threading.RLock()
+
+    @property
+    def name(self) -> str:
+        """The address, in full."""
+        return self.address.name
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the device is; the worker is asked once."""
+        if self._fingerprint is None:
+            return self.start()
+        return self._fingerprint
+
+    def start(self) -> Fingerprint:
+        """What the device is, with a worker running from now on.
+
+        Raises:
+            DeviceError: the worker cannot be started, lacks the runtime, or is not the device that it was.
+        """
+        with self._alone:
+            if self._fingerprint is not None and self.transport.running:
+                return self._fingerprint
+            self._held.clear()
+            self.transport.start()
+            try:
+                fingerprint = self._introduce()
+            except DeviceError:
+                self.transport.stop()
+                raise
+            if self._fingerprint not in (None, fingerprint):
+                self.transport.stop()
+                raise DeviceError(f"{self.name} was {self._fingerprint} and is now {fingerprint}")
+            self._fingerprint = fingerprint
+            return fingerprint
+
+    def measure(self, path: Path) -> Measurement:
+        """How long the file takes, from the store where it has been measured before.
+
+        An unstable measurement is not kept: asked again, the file is timed again.
+
+        Raises:
+            DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
+        """
+        model = self._read(path)
+        key = hashlib.sha256(model).hexdigest()
+        settings = json.dumps({"seconds": self.seconds, "tolerance": self.tolerance}, sort_keys=True)
+        with self._alone:
+            if self.store is not None:
+                known = self.store.get(key, fingerprint=self.fingerprint, settings=settings)
+                if known is not None:
+                    return known
+            measurement = self._time(path, model)
+        if self.store is None or measurement.unstable:
+            return measurement
+        return self.store.put(measurement, file=key, settings=settings)
+
+    def predict(
+        self, path: Path, images: NDArray[np.float32], *, key: str | None = None
+    ) -> NDArray[np.float32]:
+        """The logits (N, classes) of the file for `images` (N, 3, H, W), in batches of the file's own size.
+
+        With a `key` the worker keeps the images, and what it holds under that key and shape is not sent
+        again, unless its checksum has changed.
+
+        Raises:
+            ValueError: `images` is empty or not float32.
+            DeviceError: as `measure`; or the file's input has another shape.
+        """
+        if images.dtype != np.float32 or images.size == 0:
+            raise ValueError(f"images must be float32 and not empty, not {images.dtype} {images.shape}")
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            until = self._until()
+            array = self._hold(path, np.ascontiguousarray(images), key=key, until=until)
+            try:
+                answer = self._ask("predict", model, path=path, until=until, array=array)
+            finally:
+                if key is None:
+                    self._drop(arrays=[array])
+        logits = np.frombuffer(answer.blob, dtype="<f4").reshape(answer.message["shape"])
+        return logits.astype(np.float32, copy=False)
+
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
+        """The nodes that are left after the runtime's optimizations, in order, those of subgraphs last.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            answer = self._ask("optimized", model, path=path, until=self._until())
+        return tuple(
+            OptimizedOp(name=_COPY.sub("", node["name"]), op=node["op"]) for node in answer.message["nodes"]
+        )
+
+    def close(self) -> None:
+        """Ends the worker."""
+        with self._alone:
+            self.transport.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _introduce(self) -> Fingerprint:
+        until = time.monotonic() + START_SECONDS
+        address = self.address
+        said = self._ask(
+            "hello",
+            until=until,
+            runtime=address.runtime,
+            threads=address.threads,
+            memory_mb=address.memory_mb,
+        ).message
+        reference = reference_model()
+        self._ask("load", reference, until=until, model=REFERENCE)
+        return Fingerprint(
+            device=self.name,
+            cpu=said["cpu"],
+            instructions=tuple(said["instructions"]),
+            cores=said["cores"],
+            platform=said["platform"],
+            runtime=said["runtime"],
+            reference=hashlib.sha256(reference).hexdigest()[:12],
+            int8_saturates=said["int8_saturates"],
+        )
+
+    def _time(self, path: Path, model: bytes) -> Measurement:
+        fingerprint = self.start()
+        until = self._until()
+        try:
+            loaded = self._ask("load", model, path=path, until=until, model=CANDIDATE).message
+            answer = self._ask(
+                "time",
+                path=path,
+                until=until,
+                model=CANDIDATE,
+                reference=REFERENCE,
+                seconds=self.seconds,
+                tolerance=self.tolerance,
+            )
+        finally:
+            self._drop(models=[CANDIDATE])
+        candidate, reference = np.frombuffer(answer.blob, dtype="<i8").reshape(2, -1) / 1e9
+        return Measurement(
+            fingerprint=fingerprint,
+            seconds=tuple(candidate.tolist()),
+            reference_seconds=tuple(reference.tolist()),
+            load_seconds=loaded["load_seconds"],
+            first_seconds=loaded["first_seconds"],
+        )
+
+    def _hold(self, path: Path, images: NDArray[np.float32], *, key: str | None, until: float) -> str:
+        """The name under which the worker holds `images`."""
+        content = images.data.cast("B")
+        name = "images" if key is None else f"{key} {images.shape} {zlib.crc32(content):08x}"
+        slot = ("" if key is None else key, images.shape)
+        held = self._held.get(slot)
+        if key is not None and held == name:
+            return name
+        if held is not None:
+            self._drop(arrays=[held])
+        self._ask("hold", content, path=path, until=until, array=name, shape=images.shape, dtype="<f4")
+        if key is not None:
+            self._held[slot] = name
+        return name
+
+    def _drop(self, *, models: Sequence[str] = (), arrays: Sequence[str] = ()) -> None:
+        """Has the worker forget what is named, unless it is gone and has forgotten all."""
+        if self.transport.running:
+            self._ask("drop", until=time.monotonic() + START_SECONDS, models=models, arrays=arrays)
+
+    def _until(self) -> float:
+        return time.monotonic() + self.timeout_seconds
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DeviceError(f"{self.name}: model {path} cannot be read: {error.strerror}") from None
+
+    def _ask(
+        self,
+        verb: str,
+        blob: bytes | memoryview = b"",
+        *,
+        until: float,
+        path: Path | None = None,
+        **fields: object,
+    ) -> Answer:
+        limit = max(until - time.monotonic(), 0.0)
+        request = {"verb": verb, "limit_seconds": limit, **fields}
+        about = self.name if path is None else f"{self.name}, {path}"
+        try:
+            answer = self.transport.exchange(request, blob, timeout_seconds=limit)
+        except WorkerLostError as error:
+            raise WorkerLostError(f"{about}: {error}") from None
+        if "refused" in answer.message:
+            raise DeviceError(f"{about}: {answer.message['refused']}")
+        return answer

@@ -1,0 +1,109 @@
+"""MeasurementStore: measurements by file, device and settings, in one SQLite file that outlives a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from nestling.profile.measurement import Fingerprint, Measurement
+
+VERSION = 1
+BUSY_SECONDS = 30.0
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS measurement (
+    file TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    settings TEXT NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (file, fingerprint, settings)
+) WITHOUT ROWID
+"""
+
+
+class StoreError(RuntimeError):
+    """A measurement store that cannot be used; the message names its file."""
+
+
+def file_key(path: Path) -> str:
+    """The SHA-256 of the file's content, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class MeasurementStore:
+    """Measurements in the SQLite file `path`, which is made when it is missing.
+
+    Several processes may use one file. A measurement is there for good once `put` has returned: it was synced
+    to disk. SQLite's own rollback journal undoes what a kill left half done. Every call opens the file anew,
+    so a store may be used from any thread and after a fork.
+
+    Raises:
+        StoreError: the folder is missing, the file is no measurement store, or a later version wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as connection:
+            [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+            if version not in (0, VERSION):
+                raise StoreError(
+                    f"{path} is a measurement store of version {version}; this program reads {VERSION}"
+                )
+            if version == 0:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(_TABLE)
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+                connection.execute("COMMIT")
+
+    def __len__(self) -> int:
+        with self._open() as connection:
+            [(count,)] = connection.execute("SELECT count(*) FROM measurement").fetchall()
+        return int(count)
+
+    def get(self, file: str, *, fingerprint: Fingerprint, settings: str) -> Measurement | None:
+        """What the file with the key `file` took on the device, or None where it has not been measured so."""
+        with self._open() as connection:
+            row = connection.execute(
+                "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?",
+                (file, fingerprint.key, settings),
+            ).fetchone()
+        return None if row is None else self._parse(row[0])
+
+    def put(self, measurement: Measurement, *, file: str, settings: str) -> Measurement:
+        """The measurement that holds from now on: the first that was put, so that all readers see one."""
+        key = (file, measurement.fingerprint.key, settings)
+        with self._open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "INSERT OR IGNORE INTO measurement VALUES (?, ?, ?, ?)", (*key, measurement.to_json())
+            )
+            row = connection.execute(
+                "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?", key
+            ).fetchone()
+            connection.execute("COMMIT")
+        return self._parse(row[0])
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with contextlib.closing(
+                sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            ) as connection:
+                connection.execute("PRAGMA synchronous = FULL")
+                yield connection
+        except sqlite3.Error as error:
+            raise StoreError(f"measurement store {self.path}: {error}") from error
+
+    def _parse(self, content: str) -> Measurement:
+        try:
+            return Measurement.from_json(content)
+        except ValueError as error:
+            raise StoreError(f"measurement store {self.path}: {error}") from None

@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from nestling.profile import (
+    Address,
+    DeviceError,
+    MeasurementStore,
+    OptimizedOp,
+    WorkerDevice,
+    WorkerLostError,
+    connect,
+)
+from nestling.profile.transport import Answer, LocalProcess
+
+Model = Callable[[int | str], onnx.ModelProto]
+Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+class FakeTransport:
+    """A worker out of a script: `faults` maps a verb to what befalls it, once."""
+
+    def __init__(self, faults: Mapping[str, str | WorkerLostError] | None = None) -> None:
+        self.faults = dict(faults or {})
+        self.running = False
+        self.starts = 0
+        self.cpu = "A CPU"
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    def start(self) -> None:
+        self.running = True
+        self.starts += 1
+
+    def stop(self) -> None:
+        self.running = False
+
+    def exchange(
+        self, request: Mapping[str, Any], blob: bytes | memoryview, *, timeout_seconds: float
+    ) -> Answer:
+        assert self.running
+        verb = request["verb"]
+        self.asked.append((verb, {**request, "bytes": len(blob), "timeout_seconds": timeout_seconds}))
+        fault = self.faults.pop(verb, None)
+        if isinstance(fault, WorkerLostError):
+            self.running = False
+            raise fault
+        if fault is not None:
+            return Answer({"refused": fault}, b"")
+        if verb == "hello":
+            return Answer(
+                {
+                    "cpu": self.cpu,
+                    "instructions": [],
+                    "cores": 2,
+                    "platform": "Linux x86_64",
+                    "runtime": "onnxruntime 1.0",
+                    "int8_saturates": False,
+                },
+                b"",
+            )
+        if verb == "load":
+            return Answer({"load_seconds": 0.1, "first_seconds": 0.2}, b"")
+        if verb == "time":
+            return Answer({}, np.array([[3_000_000] * 40, [1_000_000] * 40], "<i8").tobytes())
+        if verb == "predict":
+            return Answer({"shape": [2, 4]}, np.zeros((2, 4), "<f4").tobytes())
+        return Answer({}, b"")
+
+    def verbs(self) -> list[str]:
+        return [verb for verb, _ in self.asked]
+
+
+def fake_device(transport: FakeTransport, *, store: MeasurementStore | None = None) -> WorkerDevice:
+    return WorkerDevice(
+        Address("cpu"), transport=transport, seconds=1, tolerance=0.01, timeout_seconds=5, store=store
+    )
+
+
+def test_a_measurement_is_what_the_worker_timed(tiny: Path) -> None:
+    device = fake_device(FakeTransport())
+    taken = device.measure(tiny)
+    assert taken.latency_ms == pytest.approx(3)
+    assert taken.ratio == pytest.approx(3)
+    assert (taken.load_seconds, taken.first_seconds) == (0.1, 0.2)
+    assert taken.fingerprint == device.fingerprint
+    assert not taken.unstable
+
+
+def test_the_same_file_is_never_timed_twice(tiny: Path, tmp_path: Path) -> None:
+    transport, store = FakeTransport(), MeasurementStore(tmp_path / "m.sqlite")
+    taken = fake_device(transport, store=store).measure(tiny)
+    copy = tmp_path / "another_name.onnx"
+    copy.write_bytes(tiny.read_bytes())
+    assert fake_device(transport, store=store).measure(copy) == taken
+    assert transport.verbs().count("time") == 1
+    copy.write_bytes(tiny.read_bytes() + b"\0")
+    fake_device(transport, store=store).measure(copy)
+    assert transport.verbs().count("time") == 2
+
+
+def test_a_lost_worker_fails_one_call_and_is_replaced_for_the_next(tiny: Path) -> None:
+    transport = FakeTransport({"time": WorkerLostError("the worker was ended by SIGSEGV")})
+    device = fake_device(transport)
+    with pytest.raises(WorkerLostError, match=r"ort:cpu\?threads=1, .*tiny\.onnx: .*SIGSEGV"):
+        device.measure(tiny)
+    assert device.measure(tiny).latency_ms == pytest.approx(3)
+    assert transport.starts == 2
+    assert transport.verbs().count("hello") == 2
+
+
+def test_a_refused_file_leaves_the_worker_running_and_nothing_behind(tiny: Path) -> None:
+    transport = FakeTransport({"time": "Fail: no kernel"})
+    device = fake_device(transport)
+    with pytest.raises(DeviceError, match="Fail: no kernel"):
+        device.measure(tiny)
+    assert transport.asked[-1][0] == "drop"
+    assert transport.asked[-1][1]["models"] == ["candidate"]
+    device.measure(tiny)
+    assert transport.starts == 1
+
+
+def test_a_call_gets_what_is_left_of_the_time_limit(tiny: Path) -> None:
+    transport = FakeTransport()
+    fake_device(transport).measure(tiny)
+    limits = [asked["timeout_seconds"] for verb, asked in transport.asked if verb in ("load", "time")][1:]
+    assert 5 >= limits[0] > limits[1] > 4
+    assert all(asked["limit_seconds"] == asked["timeout_seconds"] for _, asked in transport.asked)
+
+
+def test_a_device_that_has_become_another_is_an_error(tiny: Path) -> None:
+    transport = FakeTransport()
+    device = fake_device(transport)
+    device.start()
+    transport.stop()
+    transport.cpu = "Another CPU"
+    with pytest.raises(DeviceError, match=r"A CPU.* and is now .*Another CPU"):
+        device.measure(tiny)
+
+
+def test_held_images_are_sent_once(tiny: Path) -> None:
+    transport, images = FakeTransport(), np.zeros((2, 3, 8, 8), np.float32)
+    device = fake_device(transport)
+
+    def sent() -> int:
+        device.predict(tiny, images, key="search")
+        return transport.verbs().count("hold")
+
+    assert [sent(), sent()] == [1, 1]
+    images[1, 2, 3, 4] = 1  # other images under the same key must not be answered from the old ones
+    assert [sent(), sent()] == [2, 2]
+    transport.stop()
+    assert [sent(), sent()] == [3, 3]
+
+
+def test_images_without_a_key_are_forgotten(tiny: Path) -> None:
+    transport = FakeTransport()
+    fake_device(transport).predict(tiny, np.zeros((2, 3, 8, 8), np.float32))
+    assert transport.asked[-1][0] == "drop"
+    assert transport.asked[-1][1]["arrays"] == ["images"]
+
+
+@pytest.mark.parametrize("images", [np.zeros((0, 3, 8, 8), np.float32), np.zeros((1, 3, 8, 8))])
+def test_images_that_are_none_are_refused(images: NDArray[np.float32], tiny: Path) -> None:
+    with pytest.raises(ValueError, match="images must be float32 and not empty"):
+        fake_device(FakeTransport()).predict(tiny, images)
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(DeviceError, match=r"timeout_seconds=1\.0 must be above seconds=1\.5"):
+        connect("ort:cpu", timeout_seconds=1.0)
+    with pytest.raises(DeviceError, match="tolerance=0 must be above zero"):
+        connect("ort:cpu", tolerance=0)
+
+
+# From here on with a real worker.
+
+
+def test_a_real_file_is_measured(cpu: WorkerDevice, tiny: Path) -> None:
+    taken = cpu.measure(tiny)
+    assert 0 < taken.ratio < 1
+    assert taken.device == "ort:cpu?threads=1"
+    assert min(taken.load_seconds, taken.first_seconds) > 0
+    assert taken.fingerprint.runtime.startswith("onnxruntime ")
+
+
+def test_a_bigger_network_has_the_bigger_ratio(cpu: WorkerDevice, tiny: Path, tmp_path: Path) -> None:
+    from nestling.profile.reference import reference_model
+
+    same = tmp_path / "reference.onnx"
+    same.write_bytes(reference_model())
+    assert cpu.measure(tiny).ratio < cpu.measure(same).ratio / 2
+
+
+@pytest.mark.parametrize("batch", [1, 4, "batch"])
+def test_predictions_are_right_whatever_the_file_s_batch(
+    batch: int | str, cpu: WorkerDevice, tmp_path: Path, tiny_model: Model, tiny_logits: Compute
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(tiny_model(batch).SerializeToString())
+    images = np.random.default_rng(1).standard_normal((35, 3, 8, 8)).astype(np.float32)
+    for key in (None, f"images{batch}", f"images{batch}"):
+        assert cpu.predict(path, images, key=key) == pytest.approx(tiny_logits(images), abs=1e-5)
+
+
+def test_images_of_another_shape_are_refused(cpu: WorkerDevice, tiny: Path) -> None:
+    with pytest.raises(DeviceError, match=r"'images' takes \(3, 8, 8\), the images are \(3, 9, 9\)"):
+        cpu.predict(tiny, np.zeros((1, 3, 9, 9), np.float32))
+
+
+def quantized(path: Path) -> Path:
+    """Two convolutions of which only the first is quantized, then a layer with a bias."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "scale": np.float32(0.02),
+        "zero": np.uint8(0),
+        "weight.int8": rng.integers(-60, 60, (16, 3, 3, 3)).astype(np.int8),
+        "weight.scale": np.full(16, 0.01, np.float32),
+        "weight.zero": np.zeros(16, np.int8),
+        "float.weight": rng.standard_normal((16, 16, 3, 3)).astype(np.float32),
+        "float.bias": np.zeros(16, np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["images.q"]),
+        helper.make_node("DequantizeLinear", ["images.q", "scale", "zero"], ["images.dq"]),
+        helper.make_node(
+            "DequantizeLinear", ["weight.int8", "weight.scale", "weight.zero"], ["weight"], axis=0
+        ),
+        helper.make_node("Conv", ["images.dq", "weight"], ["a"], name="quantized"),
+        helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["a.q"]),
+        helper.make_node("DequantizeLinear", ["a.q", "scale", "zero"], ["a.dq"]),
+        helper.make_node("Conv", ["a.dq", "float.weight", "float.bias"], ["b"], name="float"),
+        helper.make_node("QuantizeLinear", ["b", "scale", "zero"], ["b.q"]),
+        helper.make_node("DequantizeLinear", ["b.q", "scale", "zero"], ["out"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "quantized",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 12, 12])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 16, 8, 8])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_the_optimized_graph_shows_the_precision_that_each_layer_got(
+    cpu: WorkerDevice, tmp_path: Path
+) -> None:
+    ops = cpu.optimized_ops(quantized(tmp_path / "q.onnx"))
+    quantized_ops = [op.name for op in ops if op.op.endswith("QLinearConv")]
+    assert quantized_ops == ["quantized"]
+    assert (
+        OptimizedOp(name="b_nchwc", op="com.microsoft.nchwc.Conv") in ops
+        or OptimizedOp(name="float", op="Conv") in ops
+    )
+
+
+def test_corrupted_files_are_refused_and_the_worker_lives_on(
+    cpu: WorkerDevice, tiny: Path, tmp_path: Path
+) -> None:
+    content, pid = tiny.read_bytes(), worker_pid(cpu)
+    rng = np.random.default_rng(0)
+    broken = tmp_path / "broken.onnx"
+    for damaged in (b"", b"text", content[:-30], content[:50], rng.bytes(500)):
+        broken.write_bytes(damaged)
+        with pytest.raises(DeviceError, match=r"broken\.onnx: "):
+            cpu.measure(broken)
+    with pytest.raises(DeviceError, match=r"missing\.onnx cannot be read: No such file"):
+        cpu.measure(tmp_path / "missing.onnx")
+    assert cpu.measure(tiny).latency_ms > 0
+    assert worker_pid(cpu) == pid
+
+
+def test_external_data_is_refused(cpu: WorkerDevice, tmp_path: Path, tiny_model: Model) -> None:
+    path = tmp_path / "external.onnx"
+    onnx.save(tiny_model(1), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(DeviceError, match="'weight' is stored outside the file"):
+        cpu.measure(path)
+
+
+def test_a_runtime_that_is_not_installed_is_named_with_its_package() -> None:
+    with pytest.raises(DeviceError) as caught:
+        connect("ort:cuda")
+    said = str(caught.value)
+    assert "ort:cuda needs CUDAExecutionProvider" in said
+    assert "CPUExecutionProvider; pip install onnxruntime-gpu" in said
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(DeviceError, match=r"threads=9999, but this process may use \d+ cores"):
+        connect("ort:cpu?threads=9999")
+
+
+def test_a_hang_is_ended_at_the_limit_and_the_next_call_works(tiny: Path, endless: Path) -> None:
+    with connect("ort:cpu", seconds=0.05, timeout_seconds=1.0) as device:
+        pid, begun = worker_pid(device), time.monotonic()
+        with pytest.raises(WorkerLostError, match=r"endless\.onnx: no answer to 'load' within 1 s"):
+            device.measure(endless)
+        assert time.monotonic() - begun < 3.0
+        assert not Path(f"/proc/{pid}").exists()
+        device.timeout_seconds = 30.0
+        assert device.measure(tiny).latency_ms > 0
+        assert worker_pid(device) != pid
+
+
+def test_a_kill_in_the_middle_of_a_measurement_is_a_failure_with_its_cause(tiny: Path) -> None:
+    with connect("ort:cpu", seconds=20.0, tolerance=1e-9) as device:
+        timer = threading.Timer(0.5, os.kill, [worker_pid(device), signal.SIGKILL])
+        timer.start()
+        with pytest.raises(WorkerLostError, match=r"tiny\.onnx: .*ended by SIGKILL .*during 'time'"):
+            device.measure(tiny)
+        timer.join()
+        device.seconds = 0.05
+        assert device.measure(tiny).latency_ms > 0
+
+
+def test_too_little_memory_is_a_refusal_that_leaves_the_worker_alive(tiny: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.onnx"
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["images", "shape"], ["out"])],
+        "large",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 1])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [2**16, 2**16])],
+        [numpy_helper.from_array(np.array([2**16, 2**16], np.int64), "shape")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    large.write_bytes(model.SerializeToString())
+    with connect("ort:cpu?memory_mb=8192", seconds=0.05) as device:
+        pid = worker_pid(device)
+        with pytest.raises(DeviceError, match=r"large\.onnx: .*[Aa]lloc"):
+            device.measure(large)
+        assert device.measure(tiny).latency_ms > 0
+        assert worker_pid(device) == pid
+
+
+def worker_pid(device: WorkerDevice) -> int:
+    assert isinstance(device.transport, LocalProcess)
+    assert device.transport.pid is not None
+    return device.transport.pid

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from nestling.profile import WorkerDevice, worker
+from nestling.profile.worker import RefusalError, interleave, messages, refuse_external_data
+
+
+class FakeMachine:
+    """A clock, and two models that move it by what they cost; every call is noted."""
+
+    def __init__(self, candidate_ms: Callable[[], float], reference_ms: Callable[[], float]) -> None:
+        self.now, self.calls = 0, ""
+        self.costs = {"c": candidate_ms, "r": reference_ms}
+
+    def clock(self) -> int:
+        return self.now
+
+    def call(self, name: str) -> Callable[[], None]:
+        def run() -> None:
+            self.calls += name
+            self.now += int(self.costs[name]() * 1e6)
+
+        return run
+
+    def measure(self, *, seconds: float, tolerance: float) -> tuple[list[int], list[int]]:
+        return interleave(
+            self.call("c"), self.call("r"), seconds=seconds, tolerance=tolerance, clock=self.clock
+        )
+
+
+def test_candidate_and_reference_take_turns_and_the_order_alternates() -> None:
+    machine = FakeMachine(lambda: 3.0, lambda: 1.0)
+    candidate, reference = machine.measure(seconds=1e-9, tolerance=1e-9)
+    assert candidate == [3_000_000] * worker.LEAST_PAIRS
+    assert reference == [1_000_000] * worker.LEAST_PAIRS
+    # 4 untimed calls of 3 ms pass 10 ms, 8 of 1 ms reach the most; then comes the timed one.
+    turns = ("c" * 5 + "r" * 9, "r" * 9 + "c" * 5)
+    expected = "".join(itertools.islice(itertools.cycle(turns), worker.LEAST_PAIRS))
+    assert machine.calls.endswith(expected)
+    warm_up = machine.calls.removesuffix(expected)
+    assert warm_up
+    assert warm_up == "cr" * (len(warm_up) // 2)
+
+
+def test_a_steady_machine_is_believed_as_soon_as_there_are_enough_pairs() -> None:
+    candidate, _ = FakeMachine(lambda: 3.0, lambda: 1.0).measure(seconds=1e9, tolerance=0.01)
+    assert len(candidate) == worker.TRUSTED_PAIRS
+
+
+def test_a_restless_machine_is_timed_until_the_interval_is_tight() -> None:
+    rng = np.random.default_rng(0)
+    machine = FakeMachine(lambda: rng.lognormal(1.0, 0.1), lambda: rng.lognormal(0.0, 0.1))
+    candidate, reference = machine.measure(seconds=1e9, tolerance=0.03)
+    ratios = np.array(candidate) / np.array(reference)
+    low, middle, high = worker.median_interval(ratios)
+    assert worker.TRUSTED_PAIRS < len(candidate) < worker.MOST_PAIRS
+    assert high - low <= 2 * 0.03 * middle
+    assert middle == pytest.approx(np.e, rel=0.06)
+
+
+def test_timing_ends_with_its_budget() -> None:
+    rng = np.random.default_rng(0)
+    machine = FakeMachine(lambda: rng.lognormal(0.0, 1.0), lambda: rng.lognormal(0.0, 1.0))
+    candidate, _ = machine.measure(seconds=2.0, tolerance=1e-6)
+    assert worker.LEAST_PAIRS < len(candidate) < worker.MOST_PAIRS
+    assert 2.0 <= machine.now / 1e9 < 2.7  # warm-up included
+
+
+def test_warming_up_lasts_while_calls_become_faster() -> None:
+    costs = itertools.chain([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0], itertools.repeat(1.0))
+    candidate, _ = FakeMachine(lambda: next(costs), lambda: 1.0).measure(seconds=1.0, tolerance=0.01)
+    assert set(candidate) == {1_000_000}
+
+
+def external(model: onnx.ModelProto, name: str, *, inside: str) -> onnx.ModelProto:
+    """`model` with a tensor that lies in another file, hidden in the named place."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    if inside == "marked only":
+        del tensor.external_data[:]
+        inside = "initializer"
+    branch = helper.make_graph([], "branch", [], [])
+    if inside == "initializer":
+        model.graph.initializer.append(tensor)
+    elif inside == "constant":
+        model.graph.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
+    elif inside == "subgraph":
+        branch.initializer.append(tensor)
+        model.graph.node.append(helper.make_node("If", ["q"], ["o"], then_branch=branch, else_branch=branch))
+    elif inside == "function":
+        function = helper.make_function("own", "f", [], ["c"], [], [helper.make_opsetid("", 17)])
+        function.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
+        model.functions.append(function)
+    elif inside == "sparse":
+        model.graph.sparse_initializer.add().values.CopyFrom(tensor)
+    elif inside == "training":
+        model.training_info.add().algorithm.initializer.append(tensor)
+    return model
+
+
+@pytest.mark.parametrize(
+    "inside", ["initializer", "constant", "subgraph", "function", "sparse", "training", "marked only"]
+)
+def test_external_data_is_found_wherever_it_hides(
+    inside: str, tiny_model: Callable[[int | str], onnx.ModelProto]
+) -> None:
+    model = external(tiny_model(1), "secret", inside=inside)
+    with pytest.raises(RefusalError, match="'secret' is stored outside the file"):
+        refuse_external_data(model.SerializeToString())
+
+
+def test_a_model_with_its_weights_inside_is_accepted(
+    tiny_model: Callable[[int | str], onnx.ModelProto],
+) -> None:
+    refuse_external_data(tiny_model(1).SerializeToString())
+
+
+def test_the_reader_sees_the_nodes_and_tensors_that_onnx_sees(
+    tiny_model: Callable[[int | str], onnx.ModelProto],
+) -> None:
+    model = tiny_model(1)
+    found = list(messages(model.SerializeToString()))
+    operators = [bytes(held[4]).decode() for kind, held in found if kind == "node"]
+    assert operators[::-1] == [node.op_type for node in model.graph.node]
+    assert [bytes(held[8]).decode() for kind, held in found if kind == "tensor"] == ["weight"]
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 20, b"\x3a\x7fshort", b"\x42\x7fshort", b"\x3a", b"\x0b"])
+def test_what_is_not_protobuf_is_refused(content: bytes) -> None:
+    with pytest.raises(RefusalError, match="not an ONNX model"):
+        list(messages(content))
+
+
+def test_the_saturation_probe_is_the_model_that_its_comment_describes() -> None:
+    def constant(name: str, value: np.generic) -> TensorProto:
+        return numpy_helper.from_array(np.asarray(value), name)
+
+    inputs = ["x", "one", "zero", "weight", "one", "middle", "scale", "zero"]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearConv", inputs, ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 4, 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [1, 1, 2, 2])],
+        [
+            constant("one", np.float32(1)),
+            constant("zero", np.uint8(0)),
+            numpy_helper.from_array(np.full((1, 4, 1, 1), 127, np.int8), "weight"),
+            constant("middle", np.int8(0)),
+            constant("scale", np.float32(4 * 255 * 127 / worker.SATURATION_EXACT)),
+        ],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.checker.check_model(made)
+    assert onnx.load_from_string(worker.SATURATION_PROBE) == made
+
+
+def probe(value: int, **entries: str) -> float:
+    options = onnxruntime.SessionOptions()
+    for name, entry in entries.items():
+        options.add_session_config_entry(f"session.{name}", entry)
+    session = onnxruntime.InferenceSession(worker.SATURATION_PROBE, options, ["CPUExecutionProvider"])
+    [product] = session.run(None, {"x": np.full((1, 4, 2, 2), value, np.uint8)})
+    return float(product.max())
+
+
+def test_the_probe_is_exact_where_two_products_fit_16_bits() -> None:
+    assert probe(128) == pytest.approx(worker.SATURATION_EXACT * 128 / 255, abs=0.5)
+
+
+def test_the_probe_is_exact_where_the_runtime_is_told_to_be() -> None:
+    assert probe(255, x64quantprecision="1") == worker.SATURATION_EXACT
+
+
+def test_the_machine_s_saturation_is_what_the_probe_says(cpu: WorkerDevice) -> None:
+    assert cpu.fingerprint.int8_saturates == (probe(255) != worker.SATURATION_EXACT)
+
+
+def test_a_worker_that_nobody_watches_ends_itself(endless: Path) -> None:
+    # What a search that was killed leaves behind: nobody reads, nobody kills, stdin stays open.
+    begun = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-P", worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None
+        model = endless.read_bytes()
+        process.stdin.write(worker.pack({"verb": "load", "model": "m", "limit_seconds": -1.5}, len(model)))
+        process.stdin.write(model)
+        process.stdin.flush()
+        assert process.wait(30) == -signal.SIGALRM
+    assert time.monotonic() - begun < 10
+
+
+def test_importing_the_worker_loads_no_runtime() -> None:
+    code = "import sys, nestling.profile; sys.exit('onnxruntime' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
+
+
+def test_the_worker_runs_from_its_source_alone() -> None:
+    source = Path(worker.__file__).read_text()
+    frame = worker.pack({"verb": "bye", "limit_seconds": 30}, 0)
+    ended = subprocess.run([sys.executable, "-I", "-c", source], input=frame, capture_output=True, check=True)
+    assert ended.stdout == worker.pack({}, 0)
