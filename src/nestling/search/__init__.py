@@ -1,0 +1,28 @@
+"""Searching a space: objectives and limits, dominance, and the study that asks, evaluates and remembers."""
+
+from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
+from nestling.search.pareto import hypervolume, nondominated
+from nestling.search.record import StudyMismatch
+from nestling.search.result import SearchResult, Trial, spread_along_front
+from nestling.search.samplers import check_sampler, make_sampler
+from nestling.search.study import EvaluationFailed, load_result, search
+
+__all__ = [
+    "EvaluationFailed",
+    "InfeasibleLimit",
+    "Limit",
+    "Metrics",
+    "Objective",
+    "Problem",
+    "SearchResult",
+    "StudyMismatch",
+    "Trial",
+    "check_limits",
+    "check_sampler",
+    "hypervolume",
+    "load_result",
+    "make_sampler",
+    "nondominated",
+    "search",
+    "spread_along_front",
+]

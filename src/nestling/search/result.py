@@ -1,0 +1,83 @@
+"""Trial and SearchResult: what a search tried, and the front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from nestling.search.objectives import Metrics, Problem
+from nestling.search.pareto import nondominated, spread
+from nestling.space import Arch
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One arch that was tried.
+
+    Attributes:
+        number: of the trial in the study.
+        arch: what was tried.
+        metrics: what was found; empty where it failed.
+        state: `complete`, `failed`, or `duplicate` of an earlier trial, whose metrics it has.
+        reason: why it failed.
+        seconds: what the evaluation took.
+    """
+
+    number: int
+    arch: Arch
+    metrics: Metrics
+    state: Literal["complete", "failed", "duplicate"]
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Everything that a search tried."""
+
+    problem: Problem
+    trials: tuple[Trial, ...]
+
+    @cached_property
+    def complete(self) -> tuple[Trial, ...]:
+        """The trials that brought metrics, each arch once."""
+        return tuple(trial for trial in self.trials if trial.state == "complete")
+
+    @cached_property
+    def failed(self) -> tuple[Trial, ...]:
+        """The trials that failed, each with its reason."""
+        return tuple(trial for trial in self.trials if trial.state == "failed")
+
+    @cached_property
+    def unmet(self) -> tuple[str, ...]:
+        """A sentence for each limit that no network tried so far keeps; none before one is tried."""
+        sentences = []
+        for limit in self.problem.limits if self.complete else ():
+            best = min(self.complete, key=lambda trial: limit.violation(trial.metrics))
+            if limit.violation(best.metrics) > 0:
+                value = best.metrics[limit.metric]
+                sentences.append(f"no network tried so far keeps {limit}: the nearest has {value:.4g}")
+        return tuple(sentences)
+
+    @cached_property
+    def front(self) -> tuple[Trial, ...]:
+        """The complete trials that keep all limits and that none such beats, from cheapest to dearest."""
+        kept = [trial for trial in self.complete if self.problem.feasible(trial.metrics)]
+        if not kept:
+            return ()
+        points = np.array([self.problem.losses(trial.metrics) for trial in kept])
+        best = [trial for trial, keep in zip(kept, nondominated(points), strict=True) if keep]
+        costs = [o.name for o in self.problem.objectives if o.direction == "minimise"]
+        order = costs[0] if costs else self.problem.objectives[0].name
+        return tuple(sorted(best, key=lambda trial: (trial.metrics[order], trial.number)))
+
+
+def spread_along_front(result: SearchResult, count: int) -> tuple[Trial, ...]:
+    """At most `count` members of the result's front that lie far apart, its ends among them."""
+    front: Sequence[Trial] = result.front
+    points = np.array([result.problem.losses(trial.metrics) for trial in front])
+    return tuple(front[index] for index in spread(points, count))
