@@ -1,0 +1,14 @@
+"""What a run found, shown: one HTML page that needs no network, a picture of the front, Markdown and JSON."""
+
+from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch
+from nestling.report.page import ReportFiles, report_html, write_report
+
+__all__ = [
+    "Member",
+    "ReportContent",
+    "ReportFiles",
+    "TrainingPoint",
+    "TriedArch",
+    "report_html",
+    "write_report",
+]
