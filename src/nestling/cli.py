@@ -1,0 +1,231 @@
+"""The command line: each sub-command is one call into the pipeline. Data on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from nestling.config import RunConfig
+
+# Nothing heavy is imported here: `nestling --help` answers at once. Each command imports what it runs.
+
+BAD_INPUT, NO_DEVICE, STOPPED, INTERRUPTED = 2, 3, 4, 130
+EXIT_CODES = {
+    "ConfigError": BAD_INPUT,
+    "DataError": BAD_INPUT,
+    "SpaceError": BAD_INPUT,
+    "RunError": BAD_INPUT,
+    "InfeasibleLimit": BAD_INPUT,
+    "StudyMismatch": BAD_INPUT,
+    "ClickException": BAD_INPUT,
+    "DeviceError": NO_DEVICE,
+    "TrainingStopped": STOPPED,
+    "CheckpointError": STOPPED,
+    "EvaluationFailed": STOPPED,
+    "OSError": STOPPED,
+}
+"""Errors that a person can act on, by name: their modules are not imported before they are needed."""
+
+app = typer.Typer(
+    name="nestling",
+    help="Neural architecture search that hands over what it measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the configuration.")
+]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A configuration, such as configs/demo.toml.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FOLDER", help="The run's folder. [default: runs/NAME]"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue a run that is there; an error if there is none.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(config: ConfigFile, output: Output = None, set_: Overrides = None, resume: Resume = False) -> None:
+    """Train, search, export and report, all of it; continues where it was stopped."""
+    loaded, folder = _load(config, output, set_, resume=resume)
+    from nestling import console, pipeline
+
+    with console.display() as listener:
+        members, report = pipeline.run_all(loaded, folder, listener=listener)
+    console.print_front(members, report)
+
+
+@app.command()
+def train(config: ConfigFile, output: Output = None, set_: Overrides = None, resume: Resume = False) -> None:
+    """Train the supernet; continues from the newest checkpoint."""
+    loaded, folder = _load(config, output, set_, resume=resume)
+    from nestling import console, pipeline
+
+    with console.display() as listener:
+        bench = pipeline.prepare(loaded, folder, listener=listener)
+        try:
+            pipeline.train_supernet(bench, listener=listener)
+        finally:
+            bench.close()
+    console.print_next(f"nestling search {folder}")
+
+
+@app.command()
+def search(folder: RunFolder) -> None:
+    """Search the trained supernet; continues where it was stopped."""
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            result = pipeline.search_supernet(bench, listener=listener)
+    finally:
+        bench.close()
+    console.print_trials(result)
+    console.print_next(f"nestling export {folder}")
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    arch: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ARCH]", help="`smallest`, `largest`, a trial's key, or a JSON file of decisions."
+        ),
+    ] = None,
+) -> None:
+    """Hand over the front, or one network: ONNX file, plain weights, figures."""
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            if arch is None:
+                members = pipeline.export_front(bench, listener=listener)
+            else:
+                members = [pipeline.export_arch(bench, pipeline.find_arch(bench, arch), listener=listener)]
+    finally:
+        bench.close()
+    console.print_members(members)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write the run's report anew, from what the run has so far."""
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            files = pipeline.make_report(bench, listener=listener)
+    finally:
+        bench.close()
+    print(files.html.resolve())
+
+
+@app.command()
+def profile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    device: Annotated[str, typer.Option(help="Such as ort:cpu?threads=1.")] = "ort:cpu?threads=1",
+    seconds: Annotated[float, typer.Option(min=0.01, help="The longest that timing may take.")] = 3.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of an ONNX file on a device."""
+    from nestling import console
+    from nestling.profile import connect
+
+    with connect(device, seconds=seconds) as connected:
+        measurement = connected.measure(model)
+    console.print_measurement(model, measurement, as_json=as_json)
+
+
+@app.command()
+def space(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A space, such as search_spaces/mobilenet_digits.toml.")
+    ],
+    classes: Annotated[
+        int, typer.Option(min=1, help="Classes, where the space leaves them to the data.")
+    ] = 1000,
+    resolution: Annotated[int, typer.Option(min=8, help="Resolution, where the space has none.")] = 224,
+    as_json: AsJson = False,
+) -> None:
+    """Print a space's size, its choices, and the cost of its smallest and largest network."""
+    from nestling.space import load_space
+
+    load_space(file)  # a slip in the file is told before the heavy imports
+    from nestling import console, pipeline
+
+    summary = pipeline.space_summary(file, classes=classes, resolution=resolution)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        console.print_space(file, summary)
+
+
+def main() -> None:
+    """Runs the command line; the process ends with its exit code."""
+    try:
+        # typer answers Ctrl-C, --help and the like with an exit code
+        code = app(standalone_mode=False) or 0
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        _end(error)
+    if code == INTERRUPTED:
+        print("interrupted: what is done is kept, and the same command continues it", file=sys.stderr)
+    sys.exit(code)
+
+
+def _end(error: Exception) -> NoReturn:
+    """Ends the process: with one line for what a person can mend, with a traceback for our own faults."""
+    # a command that failed has imported what it failed in; --help has not, and must not
+    code = next(
+        (code for kind in type(error).__mro__ if (code := EXIT_CODES.get(kind.__name__)) is not None), None
+    )
+    if code is None:
+        raise error
+    if str(error):  # a command without arguments has printed its help, and has nothing to add
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _check_run(folder: Path) -> None:
+    """Refuses a folder without a run, before anything heavy is imported."""
+    from nestling.run import Run
+
+    Run.open(folder).config()
+
+
+def _load(
+    config: Path, output: Path | None, overrides: list[str] | None, *, resume: bool
+) -> tuple[RunConfig, Path]:
+    """The configuration, and the run's folder; with `resume` the folder must hold a run."""
+    from nestling.config import load_config
+    from nestling.run import Run
+
+    loaded = load_config(config, overrides=overrides or ())
+    folder = output or Path("runs") / loaded.name
+    if resume:
+        Run.open(folder)
+    return loaded, folder
+
+
+if __name__ == "__main__":
+    main()

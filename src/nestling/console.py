@@ -1,0 +1,249 @@
+"""What a person sees in the terminal: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from nestling.pipeline import (
+        Forecast,
+        Measurement,
+        ReportFiles,
+        SearchResult,
+        TrainingProgress,
+        TrainingRecord,
+        Trial,
+    )
+
+_SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def si(value: float, unit: str = "") -> str:
+    """`value` with three digits and a decimal prefix, such as `5.66 GMACs`."""
+    for factor, prefix in _SI:
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person says them, such as `2 min 5 s`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+class Display:
+    """A listener that shows bars, and a line for each stage."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self.console = console
+        self.progress = progress
+        self.expected: Forecast | None = None
+        self._task: TaskID | None = None
+        self._accuracy = ""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: its bar replaces the last one's."""
+        if self._task is not None:
+            self.progress.stop_task(self._task)
+            self._task = None
+        self.console.print(f"[bold]{name}[/bold]")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, style="yellow", markup=False)
+
+    def forecast(self, forecast: Forecast) -> None:
+        """What training will cost."""
+        self.expected = forecast
+        self.console.print(
+            f"  forecast: {forecast.steps:,} steps, {si(forecast.images)} images, "
+            f"{si(forecast.macs, 'MACs')}, about {duration(forecast.seconds)} at the speed of a trial step"
+        )
+
+    def training(self, record: TrainingRecord, progress: TrainingProgress) -> None:
+        """The bar of training."""
+        text = f"epoch {record.epoch:.1f}  loss {record.loss:.3f}  {record.images_per_second:,.0f} images/s"
+        if record.largest_top1 is not None and record.smallest_top1 is not None:
+            self._accuracy = f"  largest {record.largest_top1:.1%}, smallest {record.smallest_top1:.1%}"
+            if not self.console.is_terminal:
+                self.console.print(f"  {text}{self._accuracy}")
+        self._advance("training", progress.step, progress.steps, text + self._accuracy)
+
+    def trial(self, trial: Trial, result: SearchResult, wanted: int) -> None:
+        """The bar of the search."""
+        done = len(result.complete) + len(result.failed)
+        objectives = (objective.name for objective in result.problem.objectives)
+        last = trial.reason or ", ".join(f"{name} {trial.metrics[name]:.4g}" for name in objectives)
+        text = f"{done} of {wanted} candidates, {len(result.front)} on the front; last: {last}"
+        if not self.console.is_terminal and done % 10 == 0:
+            self.console.print(f"  {text}", markup=False)
+        self._advance("searching", done, wanted, text)
+
+    def exported(self, name: str, number: int, total: int) -> None:
+        """The bar of the export."""
+        self._advance("exporting", number, total, name)
+
+    def _advance(self, what: str, done: int, total: int, text: str) -> None:
+        if self._task is None:
+            self._task = self.progress.add_task(what, total=total, text=text)
+        self.progress.update(self._task, completed=done, text=text)
+
+
+@contextmanager
+def display() -> Iterator[Display]:
+    """A listener on stderr for the time of a command."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Display(console, progress)
+
+
+def print_front(members: Sequence[Mapping[str, Any]], report: ReportFiles) -> None:
+    """The front's table and where the report is."""
+    print_members(members)
+    Console().print(f"\nreport: {report.html.resolve()}", soft_wrap=True, markup=False, highlight=False)
+
+
+def print_members(members: Sequence[Mapping[str, Any]]) -> None:
+    """A table of handed-over networks; every figure was measured on the file in the row."""
+    table = Table(title="Measured on the files themselves", title_justify="left")
+    for heading in (
+        "network",
+        "test top-1",
+        "latency",
+        "x reference",
+        "size",
+        "MACs",
+        "resolution",
+        "8-bit stages",
+    ):
+        table.add_column(heading, justify="left" if heading in ("network", "8-bit stages") else "right")
+    for member in members:
+        low, high = member["test_top1_interval"]
+        eight_bit = [stage for stage, precision in member["precisions"].items() if precision != "fp32"]
+        latency = f"{member['latency_ms']:.3f} ms" + (" (unstable)" if member["unstable"] else "")
+        table.add_row(
+            member["name"],
+            f"{member['test_top1']:.2%} ({low:.1%}-{high:.1%})",
+            latency,
+            f"{member['latency_ratio']:.3f}",
+            f"{member['size_bytes'] / 1e6:.3f} MB",
+            si(member["mmacs"] * 1e6),
+            str(member["resolution"]),
+            " ".join(eight_bit) or "none",
+        )
+    _wide().print(table)
+
+
+def print_trials(result: SearchResult) -> None:
+    """The search's front, as found on the search split."""
+    table = Table(
+        title=f"{len(result.complete)} candidates, {len(result.failed)} failed; the front (search split)"
+    )
+    metrics = sorted({name for trial in result.front for name in trial.metrics})
+    for heading in ("key", *metrics):
+        table.add_column(heading, justify="right")
+    for trial in result.front:
+        table.add_row(trial.arch.key, *(f"{trial.metrics[name]:.4g}" for name in metrics))
+    _wide().print(table)
+
+
+def print_measurement(model: Path, measurement: Measurement, *, as_json: bool) -> None:
+    """One file's latency."""
+    low, high = measurement.interval_ms
+    if as_json:
+        figures = {
+            "model": str(model),
+            "device": measurement.device,
+            "latency_ms": measurement.latency_ms,
+            "interval_ms": [low, high],
+            "p90_ms": measurement.p90_ms,
+            "p99_ms": measurement.p99_ms,
+            "ratio_to_reference": measurement.ratio,
+            "ratio_interval": list(measurement.ratio_interval),
+            "runs": len(measurement.seconds),
+            "load_seconds": measurement.load_seconds,
+            "first_seconds": measurement.first_seconds,
+            "unstable": measurement.unstable,
+        }
+        print(json.dumps(figures, indent=2))
+        return
+    table = Table(title=f"{model} on {measurement.device}", show_header=False)
+    table.add_row("median", f"{measurement.latency_ms:.3f} ms (95 %: {low:.3f} to {high:.3f})")
+    table.add_row("p90, p99", f"{measurement.p90_ms:.3f} ms, {measurement.p99_ms:.3f} ms")
+    ratio_low, ratio_high = measurement.ratio_interval
+    table.add_row("x reference model", f"{measurement.ratio:.3f} (95 %: {ratio_low:.3f} to {ratio_high:.3f})")
+    table.add_row(
+        "first run, loading",
+        f"{measurement.first_seconds * 1e3:.1f} ms, {measurement.load_seconds * 1e3:.0f} ms",
+    )
+    table.add_row("runs", str(len(measurement.seconds)))
+    if measurement.unstable:
+        table.add_row("unstable", "the machine was busy; measure again")
+    _wide().print(table)
+
+
+def print_space(file: Path, summary: Mapping[str, Any]) -> None:
+    """A space's size, choices and extremes."""
+    size = summary["size"]
+    told = f"{size:,}" if size < 10**9 else f"about 10^{math.floor(math.log10(size))}"
+    console = _wide()
+    console.print(f"{file}: {told} networks of the family {summary['family']}", markup=False, highlight=False)
+    choices = Table()
+    choices.add_column("choice")
+    choices.add_column("values, cheapest to dearest")
+    constants = {}
+    for name, values in summary["choices"].items():
+        if len(values) > 1:
+            choices.add_row(name, "  ".join(str(value) for value in values))
+        else:
+            constants[name] = values[0]
+    console.print(choices)
+    told_constants = ", ".join(f"{name} {value}" for name, value in constants.items())
+    console.print(f"constant: {told_constants}", markup=False, highlight=False)
+    extremes = Table()
+    for heading in ("", "resolution", "MACs", "parameters", "activations", "peak activations"):
+        extremes.add_column(heading, justify="right")
+    for name in ("smallest", "largest"):
+        found = summary[name]
+        extremes.add_row(
+            name,
+            str(found["resolution"]),
+            si(found["macs"]),
+            si(found["params"]),
+            si(found["activation_bytes"], "B"),
+            si(found["peak_bytes"], "B"),
+        )
+    console.print(extremes)
+
+
+def print_next(command: str) -> None:
+    """The command that comes next."""
+    Console(stderr=True).print(f"next: {command}", markup=False, highlight=False)
+
+
+def _wide() -> Console:
+    """Stdout; not folded where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

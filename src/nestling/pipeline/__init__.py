@@ -1,0 +1,44 @@
+"""The stages of a run in their order: the only code that knows them all."""
+
+from nestling.pipeline.forecast import Forecast
+from nestling.pipeline.stages import (
+    Listener,
+    Silent,
+    export_arch,
+    export_front,
+    find_arch,
+    make_report,
+    open_run,
+    prepare,
+    run_all,
+    search_supernet,
+    space_summary,
+    train_supernet,
+)
+from nestling.profile import Measurement
+from nestling.report import ReportFiles
+from nestling.search import SearchResult, Trial
+from nestling.train.loop import TrainingRecord
+from nestling.train.strategies import Progress as TrainingProgress
+
+__all__ = [
+    "Forecast",
+    "Listener",
+    "Measurement",
+    "ReportFiles",
+    "SearchResult",
+    "Silent",
+    "TrainingProgress",
+    "TrainingRecord",
+    "Trial",
+    "export_arch",
+    "export_front",
+    "find_arch",
+    "make_report",
+    "open_run",
+    "prepare",
+    "run_all",
+    "search_supernet",
+    "space_summary",
+    "train_supernet",
+]

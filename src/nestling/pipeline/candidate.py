@@ -1,0 +1,197 @@
+"""An arch becomes a file: materialized, recalibrated, quantized, written, checked; scored, timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from nestling.data import EvalImages
+from nestling.export import ExportMismatch, save_onnx, to_onnx, verify, with_metadata
+from nestling.models.cost import Cost, cost
+from nestling.models.graph import Graph, trace
+from nestling.pipeline.workbench import Workbench
+from nestling.profile import Device, DeviceError, Measurement
+from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate
+from nestling.search import EvaluationFailed
+from nestling.space import Arch
+from nestling.train.evaluate import Accuracy, recalibrate
+
+CHECKED_IMAGES = 32
+FP32_TOLERANCE = 1e-4
+"""Largest difference to PyTorch of a float file's logits, as a fraction of their scale."""
+QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL = 0.5, 0.02
+"""The same, and the median difference, for a quantized file against its simulation."""
+BYTES_PER_MB = 1_000_000
+WEIGHTED = {"Conv", "Gemm", "MatMul"}
+INTEGER_OPS = {"com.microsoft.QLinearConv", "QLinearConv", "com.microsoft.QGemm", "QLinearMatMul"}
+"""ONNX Runtime's operators that compute a weighted layer on integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An arch as a file that was compared with PyTorch on real images."""
+
+    arch: Arch
+    path: Path
+    network: nn.Module
+    graph: Graph
+    ranges: Mapping[str, Range]
+    cost: Cost
+    resolution: int
+    worst_error: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that activations take at once, quantized ones a byte each."""
+        return self.graph.peak_bytes(bytes_per_number=dict.fromkeys(self.ranges, 1))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any layer computes in 8 bits."""
+        return bool(self.ranges)
+
+
+def quant_policy(bench: Workbench, arch: Arch) -> QuantPolicy:
+    """Which layers compute in which precision, read off the arch's `*.precision` choices."""
+    rules = [
+        (prefix, str(value))
+        for name, value in arch.items()
+        if name.endswith(".precision")
+        for prefix in bench.family.layers(name.removesuffix(".precision"))
+    ]
+    return QuantPolicy(tuple(rules))
+
+
+def write_candidate(
+    bench: Workbench, arch: Arch, path: Path, *, extra: Mapping[str, str] | None = None
+) -> Candidate:
+    """The candidate of `arch`, its ONNX file at `path`; `extra` is added to the file's metadata.
+
+    The same arch, weights and images give the same file to the last bit.
+
+    Raises:
+        EvaluationFailed: the file does not compute what PyTorch computes, or the runtime refuses it.
+    """
+    resolution = bench.resolution(arch)
+    network = bench.supernet.materialize(arch)
+    recalibrate(network, bench.recalibration_images(resolution))
+    network.cpu()
+    graph = trace(network, resolution=resolution)
+    ranges = observe(
+        graph,
+        quant_policy(bench, arch),
+        bench.calibration_images(resolution),
+        reduce_range=bench.device.fingerprint.int8_saturates,
+    )
+    model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
+    if ranges:
+        model = insert_qdq(model, ranges)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_onnx(with_metadata(model, file_metadata(bench, arch) | dict(extra or {})), path)
+    images = torch.from_numpy(bench.data.search.take(CHECKED_IMAGES).array(resolution))
+    with torch.no_grad():
+        expected = simulate(graph, ranges).run(images) if ranges else network(images)
+    try:
+        verified = verify(
+            path,
+            images,
+            expected=expected,
+            run=bench.device.predict,
+            tolerance=QUANTIZED_TOLERANCE if ranges else FP32_TOLERANCE,
+            typical=QUANTIZED_TYPICAL if ranges else None,
+        )
+        if ranges:
+            check_precisions(bench.device, path, graph, ranges)
+    except (DeviceError, ExportMismatch) as error:
+        path.unlink(missing_ok=True)
+        raise EvaluationFailed(str(error)) from error
+    return Candidate(
+        arch=arch,
+        path=path,
+        network=network,
+        graph=graph,
+        ranges=ranges,
+        cost=cost(network, resolution),
+        resolution=resolution,
+        worst_error=verified.worst_error,
+    )
+
+
+def check_precisions(device: Device, path: Path, graph: Graph, ranges: Mapping[str, Range]) -> None:
+    """Refuses a file of which the runtime computes other layers on integers than the policy says.
+
+    ONNX Runtime may quantize a layer that was left in float, or leave one in float that was quantized; only
+    the graph that it has optimized tells.
+
+    Raises:
+        ExportMismatch: the layers are listed.
+        DeviceError: the runtime refuses the file.
+    """
+    weighted = {operator.name: operator.layer for operator in graph.operators if operator.kind in WEIGHTED}
+    wanted = {name for name in weighted if f"{name}.weight" in ranges}
+    found = {node.name for node in device.optimized_ops(path) if node.op in INTEGER_OPS} & weighted.keys()
+    if found != wanted:
+        told = [f"{weighted[name]} is computed in float" for name in sorted(wanted - found)]
+        told += [f"{weighted[name]} is computed on integers" for name in sorted(found - wanted)]
+        raise ExportMismatch(f"the runtime does not keep to the policy: {'; '.join(told)}")
+
+
+def file_metadata(bench: Workbench, arch: Arch) -> dict[str, str]:
+    """What a file says of itself: its arch, its input, its classes."""
+    return {
+        "nestling.arch": arch.to_json(),
+        "nestling.arch_key": arch.key,
+        "nestling.classes": json.dumps(list(bench.data.classes)),
+        **bench.data.search.preprocessing(bench.resolution(arch)),
+    }
+
+
+def score(device: Device, path: Path, images: EvalImages, *, resolution: int) -> Accuracy:
+    """The accuracy of the file at `path`, run by the device's runtime.
+
+    Raises:
+        EvaluationFailed: the runtime crashed, hung or refused the file.
+    """
+    try:
+        logits = device.predict(path, images.array(resolution), key=f"{images.key}@{resolution}")
+    except DeviceError as error:
+        raise EvaluationFailed(str(error)) from error
+    labels = np.asarray(images.labels)
+    return Accuracy(int((logits.argmax(axis=1) == labels).sum()), len(labels))
+
+
+def measure(device: Device, path: Path) -> Measurement:
+    """The latency of the file at `path`; an unstable measurement is taken once more.
+
+    Raises:
+        EvaluationFailed: the runtime crashed, hung or refused the file.
+    """
+    try:
+        measurement = device.measure(path)
+        return device.measure(path) if measurement.unstable else measurement
+    except DeviceError as error:
+        raise EvaluationFailed(str(error)) from error
+
+
+def candidate_metrics(
+    candidate: Candidate, accuracy: Accuracy, measurement: Measurement, *, reference_ms: float
+) -> dict[str, float]:
+    """The metrics that a search weighs.
+
+    Latency is the ratio to the device's reference model times that model's milliseconds, measured once:
+    ratios repeat better than plain medians, and a front needs latencies that can be compared.
+    """
+    return {
+        "top1": accuracy.top1,
+        "latency_ms": measurement.ratio * reference_ms,
+        "latency_ratio": measurement.ratio,
+        "size_mb": candidate.path.stat().st_size / BYTES_PER_MB,
+        "mmacs": candidate.cost.macs / 1e6,
+        "peak_mb": candidate.peak_bytes / BYTES_PER_MB,
+    }

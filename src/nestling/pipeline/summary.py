@@ -1,0 +1,146 @@
+"""From a run's files to what its report shows."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from nestling.pipeline.workbench import Workbench
+from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch
+from nestling.search import SearchResult
+from nestling.train.loop import read_records
+
+
+def report_content(bench: Workbench, result: SearchResult | None) -> ReportContent:
+    """What the report of `bench`'s run shows; stages that were not run are left out."""
+    run = bench.run
+    provenance = run.read_json("provenance.json") or {}
+    members = run.read_json("members.json") or []
+    records = read_records(bench.checkpoints)
+    device = _device_facts(run.read_json("reference.json") or {})
+    return ReportContent(
+        title=bench.config.name,
+        created=datetime.date.fromtimestamp(run.config_file.stat().st_mtime).isoformat(),
+        command=shlex.join(provenance.get("command", [])),
+        members=tuple(_member(card) for card in members),
+        objectives=result.problem.objectives if result else (),
+        limits=result.problem.limits if result else (),
+        trials=_trials(result) if result else (),
+        choices=bench.space.open_choices,
+        training=tuple(
+            TrainingPoint(
+                step=r.step,
+                epoch=r.epoch,
+                loss=r.loss,
+                largest_top1=r.largest_top1,
+                smallest_top1=r.smallest_top1,
+                lr=r.lr,
+                images_per_second=r.images_per_second,
+            )
+            for r in records
+        ),
+        shrinking_step=_shrinking_step(bench, records[-1].step if records else 0),
+        device_name=str(device.get("device", bench.config.profile.device)),
+        device=device,
+        data=_data_facts(bench),
+        versions={**provenance.get("packages", {}), "python": str(provenance.get("python", ""))},
+        space_summary={
+            "family": bench.space.family,
+            "networks": f"{bench.space.size:,}",
+            "open choices": str(len(bench.space.open_choices)),
+        },
+        seconds=run.read_json("seconds.json") or {},
+        config_toml=run.config_file.read_text(),
+        notes=tuple(_notes(members, result)),
+    )
+
+
+def _member(card: Mapping[str, Any]) -> Member:
+    folder = f"exports/{card['name']}"
+    return Member(
+        name=card["name"],
+        arch_key=card["arch_key"],
+        decisions=card["decisions"],
+        test_top1=card["test_top1"],
+        test_top1_interval=tuple(card["test_top1_interval"]),
+        search_top1=card["search_top1"],
+        latency_ms=card["latency_ms"],
+        latency_interval_ms=tuple(card["latency_interval_ms"]),
+        latency_ratio=card["latency_ratio"],
+        unstable=card["unstable"],
+        size_bytes=card["size_bytes"],
+        mmacs=card["mmacs"],
+        params=card["params"],
+        peak_bytes=card["peak_bytes"],
+        resolution=card["resolution"],
+        worst_error=card["worst_error"],
+        onnx_path=f"{folder}/model.onnx",
+        weights_path=f"{folder}/weights.safetensors",
+        rebuild_path=f"{folder}/rebuild.py",
+        precisions=card["precisions"],
+    )
+
+
+def _trials(result: SearchResult) -> tuple[TriedArch, ...]:
+    front = {trial.number for trial in result.front}
+    return tuple(
+        TriedArch(
+            number=trial.number,
+            arch_key=trial.arch.key,
+            decisions=dict(trial.arch),
+            state=trial.state,
+            metrics=dict(trial.metrics),
+            reason=trial.reason,
+            on_front=trial.number in front,
+        )
+        for trial in result.trials
+    )
+
+
+def _shrinking_step(bench: Workbench, steps: int) -> int | None:
+    config = bench.config.train
+    return round(config.switch * steps) if config.strategy == "delayed-shrinking" and steps else None
+
+
+def _device_facts(reference: Mapping[str, Any]) -> dict[str, str]:
+    facts = {
+        key.replace("_", " "): ", ".join(value) if isinstance(value, list) else str(value)
+        for key, value in reference.get("fingerprint", {}).items()
+    }
+    if "latency_ms" in reference:
+        facts["reference model"] = f"{reference['latency_ms']:.3f} ms"
+    return facts
+
+
+def _data_facts(bench: Workbench) -> dict[str, str]:
+    config = bench.config.data
+    facts = {"source": config.source, "augmentation": config.augment}
+    stored = bench.run.read_json("data.json")
+    return facts | {key: str(value) for key, value in (stored or {}).items()}
+
+
+def _notes(members: list[dict[str, Any]], result: SearchResult | None) -> list[str]:
+    notes = []
+    unstable = [card["name"] for card in members if card["unstable"]]
+    if unstable:
+        names = ", ".join(unstable)
+        notes.append(f"The machine was busy while these were timed; do not trust their latency: {names}.")
+    if result is not None:
+        notes += result.unmet
+    if result is not None and result.failed:
+        notes.append(f"{len(result.failed)} candidates failed; their reasons are listed below.")
+    return notes
+
+
+def data_facts(bench: Workbench) -> dict[str, Any]:
+    """What a run remembers of its data."""
+    data = bench.data
+    return {
+        "classes": len(data.classes),
+        "size": data.size,
+        "training images": len(data.train),
+        "search images": len(data.search.labels),
+        "fingerprint": data.fingerprint,
+    }

@@ -1,0 +1,191 @@
+"""The whole path on a toy: one run, looked at from every side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nestling import pipeline
+from nestling.config import RunConfig, load_config
+from nestling.pipeline.stages import problem
+from nestling.run import RunError
+from nestling.search import load_result
+from nestling.space import SpaceError
+
+TOY = Path(__file__).parent / "toy.toml"
+
+
+class Listening(pipeline.Silent):
+    """Writes down which stages it heard of."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.trials = 0
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def trial(self, *_: Any) -> None:
+        self.trials += 1
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load_config(TOY)
+
+
+@pytest.fixture(scope="module")
+def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    listener = Listening()
+    pipeline.run_all(config, folder, listener=listener)
+    assert listener.stages == ["prepare", "train", "search", "export", "report"]
+    return folder
+
+
+def _members(folder: Path) -> list[dict[str, Any]]:
+    members: list[dict[str, Any]] = json.loads((folder / "members.json").read_text())
+    return members
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _test_images(folder: Path, resolution: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    from PIL import Image
+
+    split = np.load(folder / "test_split.npz")
+    resized = [
+        np.asarray(Image.fromarray(image).resize((resolution, resolution), Image.Resampling.BICUBIC))
+        if image.shape[0] != resolution
+        else image
+        for image in split["images"]
+    ]
+    images = np.stack(resized).astype(np.float32) / np.float32(255)
+    images = (images - split["mean"].astype(np.float32)) / split["std"].astype(np.float32)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), split["labels"]
+
+
+def test_the_reported_test_accuracy_is_what_the_runtime_computes_from_the_file(finished: Path) -> None:
+    for member in _members(finished):
+        path = finished / "exports" / member["name"] / "model.onnx"
+        images, labels = _test_images(finished, member["resolution"])
+        session = _session(path)
+        guesses = [session.run(None, {"images": image[None]})[0].argmax() for image in images]
+        assert int((np.array(guesses) == labels).sum()) == member["test_correct"]
+        assert len(labels) == member["test_total"] == 60
+
+
+def test_a_card_names_its_file_by_hash_and_size(finished: Path) -> None:
+    for member in _members(finished):
+        folder = finished / "exports" / member["name"]
+        content = (folder / "model.onnx").read_bytes()
+        card = json.loads((folder / "card.json").read_text())
+        assert card["sha256"] == hashlib.sha256(content).hexdigest()
+        assert card["size_bytes"] == len(content)
+
+
+def test_the_rebuilt_timm_network_agrees_with_the_float_file(finished: Path) -> None:
+    for member in _members(finished):
+        folder = finished / "exports" / member["name"]
+        names: dict[str, Any] = {"__file__": str(folder / "rebuild.py")}
+        source = (folder / "rebuild.py").read_text()
+        assert "nestling" not in source
+        exec(source, names)
+        float_file = folder / ("model_fp32.onnx" if member["quantized"] else "model.onnx")
+        images, _ = _test_images(finished, member["resolution"])
+        with torch.no_grad():
+            expected = names["network"](torch.from_numpy(images[:16])).numpy()
+        session = _session(float_file)
+        got = np.concatenate([session.run(None, {"images": image[None]})[0] for image in images[:16]])
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert set(load_file(folder / "weights.safetensors")) == set(names["network"].state_dict())
+
+
+def test_an_exported_file_computes_what_the_search_timed_and_tells_its_figures(finished: Path) -> None:
+    bench = pipeline.open_run(finished)
+    result = load_result(problem(bench), storage=finished / "study.db", name="nestling")
+    found = {trial.arch.key: trial.metrics for trial in result.front}
+    for member in _members(finished):
+        searched = onnx.load(finished / "candidates" / f"{member['arch_key']}.onnx")
+        exported = onnx.load(finished / "exports" / member["name"] / "model.onnx")
+        told = {entry.key: entry.value for entry in exported.metadata_props}
+        assert float(told["nestling.search.top1"]) == found[member["arch_key"]]["top1"]
+        assert json.loads(told["nestling.arch"]) == member["decisions"]
+        assert exported.graph == searched.graph
+
+
+def test_every_trial_is_a_different_network_of_the_space(finished: Path) -> None:
+    bench = pipeline.open_run(finished)
+    result = load_result(problem(bench), storage=finished / "study.db", name="nestling")
+    tried = [trial.arch for trial in (*result.complete, *result.failed)]
+    assert len(tried) == len(set(tried)) == 8
+    assert not result.failed
+    assert bench.space.smallest in tried
+    assert bench.space.largest in tried
+
+
+def test_a_finished_run_is_not_done_again(config: RunConfig, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.onnx")}
+    listener = Listening()
+    members, files = pipeline.run_all(config, finished, listener=listener)
+    assert listener.trials == 0
+    assert members == _members(finished)
+    assert files.html.exists()
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.onnx")} == before
+
+
+def test_a_folder_with_another_configuration_is_refused_by_key(config: RunConfig, finished: Path) -> None:
+    other = config.model_copy(update={"train": config.train.model_copy(update={"lr": 0.3})})
+    with pytest.raises(RunError, match=r"train\.lr"):
+        pipeline.prepare(other, finished, listener=pipeline.Silent())
+
+
+def test_any_arch_of_the_space_can_be_handed_over(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    bench = pipeline.open_run(folder)
+    try:
+        card = pipeline.export_arch(bench, pipeline.find_arch(bench, "smallest"), listener=pipeline.Silent())
+    finally:
+        bench.close()
+    assert card["arch_key"] == bench.space.smallest.key
+    assert card["quantized"]
+    assert (folder / "exports" / card["name"] / "model_fp32.onnx").exists()
+    with pytest.raises(SpaceError, match="no arch 'nobody'"):
+        pipeline.find_arch(bench, "nobody")
+
+
+def test_a_search_before_training_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    bench = pipeline.prepare(config, tmp_path / "new", listener=pipeline.Silent())
+    try:
+        with pytest.raises(RunError, match=r"training .* is not finished"):
+            _ = bench.supernet
+    finally:
+        bench.close()
+
+
+def test_the_report_shows_every_member_and_links_files_that_exist(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    for member in _members(finished):
+        assert member["name"] in page
+        assert f"exports/{member['name']}/model.onnx" in page
+        assert (finished / "exports" / member["name"] / "model.onnx").exists()
+    assert (finished / "front.png").stat().st_size > 1000

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nestling.export import ExportMismatch
+from nestling.models.graph import Graph, trace
+from nestling.pipeline.candidate import check_precisions
+from nestling.profile import OptimizedOp
+from nestling.quant import QuantPolicy, Range, observe
+
+
+class Optimizing:
+    """Stands for a device whose runtime makes `ops` of every file."""
+
+    def __init__(self, ops: list[tuple[str, str]]) -> None:
+        self.ops = tuple(OptimizedOp(name, op) for name, op in ops)
+
+    def optimized_ops(self, _: Path) -> tuple[OptimizedOp, ...]:
+        return self.ops
+
+
+@pytest.fixture(scope="module")
+def two_layers() -> tuple[Graph, dict[str, Range]]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 6), nn.Flatten()).eval()
+    graph = trace(network, resolution=8)
+    return graph, dict(observe(graph, QuantPolicy((("0", "w8a8"),)), [torch.rand(2, 3, 8, 8)]))
+
+
+def _check(two_layers: tuple[Graph, dict[str, Range]], first: str, second: str) -> None:
+    graph, ranges = two_layers
+    names = [operator.name for operator in graph.operators if operator.kind == "Conv"]
+    device: Any = Optimizing([(names[0], first), (names[1], second), ("x", "QuantizeLinear")])
+    check_precisions(device, Path("model.onnx"), graph, ranges)
+
+
+def test_a_file_that_keeps_to_its_policy_passes(two_layers: tuple[Graph, dict[str, Range]]) -> None:
+    _check(two_layers, "com.microsoft.QLinearConv", "Conv")
+
+
+def test_a_layer_quantized_against_the_policy_is_named(two_layers: tuple[Graph, dict[str, Range]]) -> None:
+    with pytest.raises(ExportMismatch, match="2 is computed on integers"):
+        _check(two_layers, "com.microsoft.QLinearConv", "com.microsoft.QLinearConv")
+
+
+def test_a_layer_left_in_float_against_the_policy_is_named(
+    two_layers: tuple[Graph, dict[str, Range]],
+) -> None:
+    with pytest.raises(ExportMismatch, match="0 is computed in float"):
+        _check(two_layers, "com.microsoft.nchwc.Conv", "Conv")

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+import random
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.numpy import save_file
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NAMES = ("kill_resume", "lending_overhead", "verify_export")
+Edit = Callable[[dict[str, Any]], None]
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """A benchmark by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def size(largest: float, sandwich: float, faster: float) -> dict[str, Any]:
+    medians = {"largest": largest, "sandwich": sandwich, "sandwich / channels-first": faster}
+    medians["sandwich / one update"] = 2.0  # told, not judged
+    return {"ratios": {name: {"median": median} for name, median in medians.items()}}
+
+
+def good_figures(name: str) -> dict[str, Any]:
+    kill = {"worker_ended": True}
+    if name == "lending_overhead":
+        return {"sizes": {"32": size(1.02, 1.05, 0.4), "128": size(1.01, 1.09, 0.7)}}
+    if name == "verify_export":
+        file = {"name": "01-a", "same_file": True, "images": 9, "correct": 7, "fp32_difference": 1e-6}
+        file |= {"reported_images": 9, "reported_correct": 7}
+        return {"files": [file], "nestling_modules_loaded": []}
+    run = {"lost_or_changed": 0, "doubled": 0, "evaluated": 4, "other_metrics": 0, "integrity": "ok"}
+    run |= {"same_archs_in_order": True, "kills": [kill]}
+    return {
+        "wanted": {"kills": 1, "timed_kills": 1, "trials": 4},
+        "training": [
+            {"tensors_sha256": ["a", "a"], "ends": ["s", "s"], "same_records": True, "kills": [kill]}
+        ],
+        "search": [copy.deepcopy(run)],
+        # latency decides here: other archs may follow
+        "search_timed": [{**copy.deepcopy(run), "same_archs_in_order": False}],
+    }
+
+
+def change(*path: str | int, to: Any) -> Edit:
+    def edit(figures: dict[str, Any]) -> None:
+        place: Any = figures
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = to
+
+    return edit
+
+
+BAD: list[tuple[str, Edit]] = [
+    ("lending_overhead", change("sizes", "32", "ratios", "largest", "median", to=1.06)),
+    ("lending_overhead", change("sizes", "128", "ratios", "largest", "median", to=1.06)),
+    ("lending_overhead", change("sizes", "128", "ratios", "sandwich", "median", to=1.11)),
+    ("lending_overhead", change("sizes", "32", "ratios", "sandwich / channels-first", "median", to=0.61)),
+    ("lending_overhead", change("sizes", "32", "ratios", "largest", "median", to=float("nan"))),
+    ("verify_export", change("files", 0, "correct", to=6)),
+    ("verify_export", change("files", 0, "images", to=8)),
+    ("verify_export", change("files", 0, "same_file", to=False)),
+    ("verify_export", change("files", 0, "fp32_difference", to=2e-4)),
+    ("verify_export", change("files", 0, "fp32_difference", to=float("nan"))),
+    ("verify_export", change("nestling_modules_loaded", to=["nestling.data"])),
+    ("kill_resume", change("training", 0, "tensors_sha256", to=["a", "b"])),
+    ("kill_resume", change("training", 0, "tensors_sha256", to=[None, None])),
+    ("kill_resume", change("training", 0, "same_records", to=False)),
+    ("kill_resume", change("training", 0, "kills", to=[])),
+    ("kill_resume", change("search", 0, "kills", 0, "worker_ended", to=False)),
+    ("kill_resume", change("search", 0, "same_archs_in_order", to=False)),
+    ("kill_resume", change("search", 0, "lost_or_changed", to=1)),
+    ("kill_resume", change("search_timed", 0, "lost_or_changed", to=1)),
+    ("kill_resume", change("search_timed", 0, "doubled", to=1)),
+    ("kill_resume", change("search_timed", 0, "evaluated", to=3)),
+    ("kill_resume", change("search", 0, "other_metrics", to=1)),
+    ("kill_resume", change("search", 0, "integrity", to="row 3 missing from index")),
+]
+
+
+def judge_stored(module: ModuleType, figures: dict[str, Any], folder: Path, *words: str) -> int:
+    stored = folder / "stored.json"
+    stored.write_text(json.dumps({"figures": figures}))
+    code: int = module.main(["--stored", "--output", str(stored), *words])
+    return code
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_is_claimed(name: str, load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(name).main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "Claims" in said
+    assert "--stored" in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_good_stored_figures_pass_and_are_the_last_line(
+    name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load(name)
+    figures = good_figures(name)
+    assert judge_stored(module, figures, tmp_path, "--check") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == module.sentence(figures)
+
+
+@pytest.mark.parametrize(("name", "edit"), BAD)
+def test_a_stored_figure_beyond_its_limit_fails_the_check(
+    name: str, edit: Edit, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = good_figures(name)
+    edit(figures)
+    assert judge_stored(load(name), figures, tmp_path, "--check") == 1
+    assert "missed:" in capsys.readouterr().err
+    assert judge_stored(load(name), figures, tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_never_stored_cannot_be_judged(
+    name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(name).main(["--check", "--stored", "--output", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_quartiles_are_those_of_numpy(load: Load) -> None:
+    values = np.random.default_rng(0).random(14).tolist()
+    assert load("record").quartiles(values) == pytest.approx(np.quantile(values, (0.25, 0.5, 0.75)))
+
+
+def test_the_space_is_that_of_once_for_all(load: Load) -> None:
+    space = load("lending_overhead").ofa_space()
+    assert len(space.open_choices) == 45
+    # each block has 9 forms, each of five stages 2 to 4 blocks
+    assert space.size == (9**2 + 9**3 + 9**4) ** 5
+
+
+def write_tensors(path: Path, **tensors: np.ndarray[Any, Any]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def test_tensors_hash_sees_one_bit_and_not_the_order(load: Load, tmp_path: Path) -> None:
+    tensors_hash = load("kill_resume").tensors_hash
+    a, b = np.ones(3, np.float32), np.zeros(3, np.float32)
+    nearly = np.nextafter(a, np.float32(2))
+    first = tensors_hash(write_tensors(tmp_path / "1", a=a, b=b))
+    assert tensors_hash(write_tensors(tmp_path / "2", b=b, a=a)) == first
+    assert tensors_hash(write_tensors(tmp_path / "3", a=nearly, b=b)) != first
+    assert tensors_hash(write_tensors(tmp_path / "4", a=b, b=a)) != first
+
+
+def trial(arch: str, top1: float = 0.5, *, number: int = 0, state: str = "complete") -> dict[str, Any]:
+    metrics = {"top1": top1, "latency_ms": random.random()}  # no two measurements are the same
+    return {"number": number, "arch": arch, "state": state, "metrics": metrics}
+
+
+def test_lost_changed_and_doubled_trials_are_counted(load: Load) -> None:
+    account_of = load("kill_resume").account_of
+    final = [trial("a"), trial("b"), trial("a", state="duplicate")]
+    clean = {"lost_or_changed": 0, "doubled": 0, "evaluated": 2}
+    assert account_of([{"stored": final[:1]}, {"stored": final}], final) == clean
+    assert account_of([{"stored": final}], final[:2])["lost_or_changed"] == 1
+    assert account_of([{"stored": [trial("a", 0.25)]}], final)["lost_or_changed"] == 1
+    assert account_of([], [trial("a"), trial("a")])["doubled"] == 1
+
+
+def test_searches_are_the_same_but_for_latency(load: Load) -> None:
+    compare = load("kill_resume").compare_searches
+    whole = [trial("a"), trial("b")]
+    same = compare(whole, [trial("a"), trial("b")])
+    assert (same["same_archs_in_order"], same["other_metrics"]) == (True, 0)
+    other = compare(whole, [trial("b", 0.75), trial("a")])
+    assert (other["same_archs_in_order"], other["other_metrics"]) == (False, 1)
+
+
+def test_trials_are_read_from_the_file_that_optuna_writes(load: Load, tmp_path: Path) -> None:
+    module = load("kill_resume")
+    database = tmp_path / "study.db"
+    with sqlite3.connect(database) as connection:  # the two tables of Optuna's that are read
+        connection.execute("create table trials (trial_id integer, number integer)")
+        connection.execute("create table trial_user_attributes (trial_id integer, key text, value_json text)")
+        connection.executemany("insert into trials values (?, ?)", [(7, 1), (5, 0)])
+        told = [(5, "arch", '"a"'), (5, "state", '"failed"'), (7, "arch", '"b"'), (7, "seconds", "1.0")]
+        connection.executemany("insert into trial_user_attributes values (?, ?, ?)", told)
+    connection.close()
+    expected = [{"number": 0, "arch": "a", "state": "failed"}, {"number": 1, "arch": "b"}]
+    assert module.stored_trials(database) == expected
+    assert module.look_at_search(tmp_path)["stored"] == expected
+    assert module.integrity(database) == "ok"
+
+
+def test_a_command_that_fails_is_told_and_leaves_no_process(load: Load, tmp_path: Path) -> None:
+    killing = load("killing")
+    command = killing.Command(("sarch", "runs/a"), tmp_path / "never")
+    with pytest.raises(SystemExit, match=r"(?s)nestling sarch runs/a ended with 2:.*No such command"):
+        command.kill(after=60.0)
+
+
+SIDE = 4
+
+
+def write_run(folder: Path, *, images: int = 6) -> Path:
+    """A run with one exported file: a linear classifier of four classes, and its test split in pixels."""
+    rng = np.random.default_rng(0)
+    member = folder / "exports" / "01-a"
+    member.mkdir(parents=True)
+    weight = rng.standard_normal((4, 3 * SIDE * SIDE)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "weight"], ["logits"], transB=1),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    helper.set_model_props(model, {"mean": "0.5,0.4,0.3", "std": "0.2,0.3,0.4"})
+    onnx.save(model, member / "model.onnx")
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
+    pixels = rng.integers(0, 256, (images, SIDE, SIDE, 3), np.uint8)
+    inputs = ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(images, -1)
+    labels = (inputs @ weight.T).argmax(axis=1)
+    labels[0] = (labels[0] + 1) % 4
+    np.savez(folder / "test_split.npz", images=pixels, labels=labels, mean=mean, std=std)
+    source = (
+        "from torch import nn, tensor\nnetwork = nn.Sequential(nn.Flatten(), nn.Linear(48, 4, bias=False))\n"
+    )
+    source += f"\nnetwork[1].weight.data = tensor({weight.tolist()})\n"
+    (member / "rebuild.py").write_text(source)
+    sha256 = hashlib.sha256((member / "model.onnx").read_bytes()).hexdigest()
+    card = {"name": "01-a", "file": "model.onnx", "sha256": sha256, "quantized": False, "resolution": SIDE}
+    card |= {"test_correct": images - 1, "test_total": images}
+    (member / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+def verify(load: Load, run: Path, stored: Path) -> dict[str, Any]:
+    module = load("verify_export")
+    assert module.main([str(run), "--output", str(stored)]) == 0
+    figures: dict[str, Any] = json.loads(stored.read_text())["figures"]
+    figures["nestling_modules_loaded"] = []  # this process has loaded it, for other tests
+    return figures
+
+
+def test_a_run_that_says_what_its_files_do_is_verified(load: Load, tmp_path: Path) -> None:
+    figures = verify(load, write_run(tmp_path / "run"), tmp_path / "stored.json")
+    module = load("verify_export")
+    assert module.misses(figures) == []
+    assert module.sentence(figures).startswith("1 files: 6 of 6 images agree; worst fp32 difference ")
+
+
+def test_a_card_that_says_one_image_more_is_found_out(load: Load, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run / "exports" / "01-a" / "card.json"
+    path.write_text(path.read_text().replace('"test_correct": 5', '"test_correct": 6'))
+    figures = verify(load, run, tmp_path / "stored.json")
+    assert load("verify_export").misses(figures) == ["01-a: 5 of 6 right, reported 6 of 6"]
+
+
+def test_a_file_that_was_exchanged_is_found_out(load: Load, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run / "exports" / "01-a" / "model.onnx"
+    model = onnx.load(path)
+    weight = numpy_helper.to_array(model.graph.initializer[0]) * np.float32(1.001)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
+    onnx.save(model, path)
+    [digest, difference] = load("verify_export").misses(verify(load, run, tmp_path / "stored.json"))
+    assert "SHA-256" in digest
+    assert "fp32 difference 1.0e-03" in difference
+
+
+def test_pictures_are_the_same_from_pixels_files_and_bytes(load: Load, tmp_path: Path) -> None:
+    pictures = load("verify_export").pictures
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), np.uint8)
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    encoded = [path.read_bytes() for path in paths]
+    splits = (
+        {"images": pixels},
+        {"paths": np.array([str(path) for path in paths])},
+        {
+            "encoded": np.frombuffer(b"".join(encoded), np.uint8),
+            "offsets": np.cumsum([0, *map(len, encoded)]),
+        },
+    )
+    for split in splits:
+        assert np.array_equal([np.asarray(picture) for picture in pictures(split)], pixels)
+
+
+def test_a_picture_is_fitted_as_the_data_stage_fits_it(load: Load) -> None:
+    from nestling.data.pixels import fit
+
+    fit_again = load("verify_export").fit
+    for height, width in ((7, 11), (12, 8), (6, 6), (9, 9)):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        picture = Image.fromarray(pixels)
+        assert np.array_equal(fit_again(picture, 6), fit(picture, 6))

@@ -1,0 +1,92 @@
+"""The command line: its speed, its messages, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _nestling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nestling.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, nestling.cli\n"
+        "heavy = {'torch', 'timm', 'optuna', 'onnx', 'onnxruntime', 'numpy', 'pydantic', 'rich.progress'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_every_command() -> None:
+    told = _nestling("--help").stdout
+    for command in ("run", "train", "search", "export", "report", "profile", "space"):
+        assert command in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "nowhere.toml"), 2, "no configuration file nowhere.toml"),
+        (("run", "configs/demo.toml", "--set", "train.epoch=3"), 2, "did you mean 'epochs'?"),
+        (("run", "configs/demo.toml", "--set", "train.epochs=many"), 2, "train.epochs"),
+        (("run", "configs/demo.toml", "--output", "nowhere", "--resume"), 2, "holds no run"),
+        (("report", "nowhere"), 2, "holds no run"),
+        (("space", "nowhere.toml"), 2, "no space file"),
+        (("frobnicate",), 2, "No such command"),
+        (("profile", "nowhere.onnx"), 3, "nowhere.onnx"),
+        (("profile", "nowhere.onnx", "--device", "ort:gpu"), 3, "ort:gpu"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments: tuple[str, ...], code: int, message: str) -> None:
+    done = _nestling(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "nowhere").exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:
+    arguments = ["run", "tests/toy.toml", "--output", str(tmp_path / "run"), "--set", "train.epochs=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nestling.cli", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "epoch" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues it" in told
+    assert "Traceback" not in told
+
+
+def test_space_as_json_is_on_stdout_alone() -> None:
+    done = _nestling("space", "search_spaces/mobilenet_digits.toml", "--classes", "10", "--json")
+    summary = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert summary["size"] > 10**6
+    assert summary["smallest"]["macs"] < summary["largest"]["macs"]
