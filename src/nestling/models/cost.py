@@ -113,21 +113,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def peak_bytes(self, logits: Tensor) -> int:
         """The most bytes alive at once, where `logits` is what the network gave."""
-        last = {memory: time for time, event in enumerate(self._events) for memory in event.reads}
+        last: dict[int, int] = {}
+        for time, event in enumerate(self._events):
+            last.update(dict.fromkeys((*event.reads, event.writes), time))
         last[_memory(logits)] = len(self._events)
         alive: dict[int, int] = {}
         peak = 0
         for time, event in enumerate(self._events):
-            ending = [memory for memory in event.reads if last[memory] == time and memory in alive]
-            if event.writes not in alive and event.writes not in event.reads:
-                if event.in_place and event.size in (alive[memory] for memory in ending):
-                    ending_here = next(memory for memory in ending if alive[memory] == event.size)
-                    ending.remove(ending_here)
-                    del alive[ending_here]
+            if event.writes not in alive:
+                ending = (m for m in event.reads if last[m] == time and alive.get(m) == event.size)
+                written_over = next(ending, None) if event.in_place else None
+                if written_over is not None:
+                    del alive[written_over]
                 alive[event.writes] = event.size
             peak = max(peak, sum(alive.values()))
-            for memory in ending:
-                del alive[memory]
+            alive = {memory: size for memory, size in alive.items() if last[memory] > time}
         return peak
 
 
@@ -151,22 +151,12 @@ def _matrix_product(left: int) -> Callable[[tuple[Any, ...], Tensor], int]:
     return count
 
 
-def _attention(args: tuple[Any, ...], _: Tensor) -> int:
-    query, key, value = args[:3]
-    scores = math.prod(query.shape[:-1]) * key.shape[-2]
-    return int(scores * (query.shape[-1] + value.shape[-1]))
-
-
 _MACS: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
     _aten.convolution.default: _convolution,
     _aten.addmm.default: _matrix_product(1),
     _aten.mm.default: _matrix_product(0),
     _aten.bmm.default: _matrix_product(0),
     _aten.baddbmm.default: _matrix_product(1),
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    _aten._scaled_dot_product_flash_attention.default: _attention,
-    _aten._scaled_dot_product_efficient_attention.default: _attention,
-    _aten._scaled_dot_product_fused_attention_overrideable.default: _attention,
 }
 
 _NORMALIZATION = {

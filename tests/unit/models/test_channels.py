@@ -135,6 +135,7 @@ class Layout(nn.Module):
         self.kind = kind
         self.first = nn.Conv2d(3, 4, 1)
         self.row = nn.Linear(4, 4)
+        self.other_row = nn.Linear(4, 4)
         self.second = nn.Conv2d(4, 4, 1)
         self.norm = nn.BatchNorm1d(4)
 
@@ -145,13 +146,13 @@ class Layout(nn.Module):
         elif self.kind == "a vector is spread over rows":
             maps = self.second(maps * maps.mean((2, 3)))
         elif self.kind == "a norm reads tokens":
-            maps = self.norm(self.row(self.row(maps[:, 0])))
+            maps = self.other_row(self.norm(self.row(maps[:, 0])))
         elif self.kind == "a layer runs twice":
             maps = self.second(self.second(maps))
         elif self.kind == "a flattened map":
             maps = maps.flatten(1)[:, :4] + self.row(maps.flatten(1)[:, :4])
         elif self.kind == "flattened from the third axis":
-            maps = self.second(maps.flatten(2).view(-1, 4, 4, 4))
+            maps = self.row(nn.functional.avg_pool2d(maps, 2).flatten(2))
         return maps.flatten(1).sum(1)
 
 

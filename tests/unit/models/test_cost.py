@@ -156,6 +156,16 @@ def test_views_take_no_memory_and_weights_are_no_activations() -> None:
     assert cost(Views(), 4).peak_bytes == FLOAT * (48 + 24)
 
 
+def test_a_result_that_nobody_reads_takes_memory_only_while_it_is_made() -> None:
+    class Unread(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            images.repeat(1, 5, 1, 1)
+            return images.repeat(1, 2, 1, 1).repeat(1, 2, 1, 1)
+
+    # the image and its unread copies; then two images and four
+    assert cost(Unread(), 4).peak_bytes == FLOAT * 48 * (1 + 5)
+
+
 def test_the_cost_is_the_same_whatever_memory_was_given_back_before() -> None:
     network = build(Arch((("classes", 3), ("stem.width", 8), ("head.width", 16), ("s1.width", 8))))
     assert len({cost(network, 32) for _ in range(5)}) == 1

@@ -253,6 +253,8 @@ def test_channels_are_sorted_once_before_the_step_of_the_switch(
 
     def counting(network: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
         sorted_after.append(done[0])
+        assert optimizer is not None
+        assert optimizer.state
         return sort_channels(network, optimizer)
 
     def on_record(record: TrainingRecord, _: Progress) -> None:
