@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/nestling run configs/demo.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,6 +30,8 @@ fmt: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lending_overhead.py
 	$(BIN)/python benchmarks/kill_resume.py
+	$(BIN)/nestling run configs/demo.toml
+	$(BIN)/python benchmarks/verify_export.py runs/demo
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

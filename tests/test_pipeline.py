@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from nestling import pipeline
-from nestling.config import RunConfig, load_config
+from nestling.config import ConfigError, RunConfig, load_config
 from nestling.pipeline.stages import problem
 from nestling.run import RunError
 from nestling.search import load_result
@@ -171,6 +171,79 @@ def test_any_arch_of_the_space_can_be_handed_over(finished: Path, tmp_path: Path
     assert (folder / "exports" / card["name"] / "model_fp32.onnx").exists()
     with pytest.raises(SpaceError, match="no arch 'nobody'"):
         pipeline.find_arch(bench, "nobody")
+
+
+def test_a_search_is_extended_and_its_front_exported_anew(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "exports" / "01-000000000000").mkdir()
+    bench = pipeline.open_run(folder, overrides=["search.trials=10", "export.members=2"])
+    try:
+        result = pipeline.search_supernet(bench, listener=pipeline.Silent())
+        members = pipeline.export_front(bench, listener=pipeline.Silent())
+    finally:
+        bench.close()
+    assert len(result.complete) == 10
+    assert len(members) == 2
+    assert {path.name for path in (folder / "exports").iterdir()} == {member["name"] for member in members}
+    with pytest.raises(RunError, match=r"train\.lr"):
+        pipeline.open_run(folder, overrides=["train.lr=0.5"])
+
+
+def test_a_run_whose_images_changed_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "data.json").write_text(json.dumps({"fingerprint": "another"}))
+    with pytest.raises(RunError, match="no longer those"):
+        _ = pipeline.open_run(folder).data
+
+
+def test_one_objective_without_latency_a_space_without_precision_or_resolution_and_an_open_batch(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    space = tmp_path / "space.toml"
+    space.write_text(
+        'family = "mobilenet"\nact = "relu6"\nstem.width = 8\nhead.width = [8, 16]\n'
+        'stages = [{ block = "ds", width = [8, 16], stride = 2 }]\n'
+    )
+    plain = config.model_copy(
+        update={
+            "space": str(space),
+            "train": config.train.model_copy(update={"epochs": 1.0, "strategy": "sandwich"}),
+            "search": config.search.model_copy(
+                update={"objectives": ("top1",), "trials": 9, "recalibration_images": 10**6}
+            ),
+            "export": config.export.model_copy(update={"dynamic_batch": True}),
+        }
+    )
+    members, _ = pipeline.run_all(plain, tmp_path / "run", listener=pipeline.Silent())
+    session = _session(tmp_path / "run" / "exports" / members[0]["name"] / "model.onnx")
+    images, labels = _test_images(tmp_path / "run", 16)
+    guesses = session.run(None, {"images": images})[0].argmax(axis=1)
+    assert int((guesses == labels).sum()) == members[0]["test_correct"]
+    assert not members[0]["quantized"]
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("search", {"objectives": ("top1", "speed")}, "speed"),
+        ("search", {"limits": {"mmacs": 1e-6}}, "no network can keep mmacs"),
+        ("search", {"sampler": "NSGASampler"}, "NSGAIISampler"),
+        ("train", {"dropout": 0.5, "drop_path": 0.0, "strategy": "sandwich"}, None),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_training(
+    config: RunConfig, tmp_path: Path, part: str, change: dict[str, Any], message: str | None
+) -> None:
+    changed = config.model_copy(update={part: getattr(config, part).model_copy(update=change)})
+    if message is None:
+        pipeline.prepare(changed, tmp_path / "run", listener=pipeline.Silent()).close()
+        return
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(changed, tmp_path / "run", listener=pipeline.Silent())
+    # a refused configuration does not stand in the way of the next one
+    pipeline.prepare(config, tmp_path / "run", listener=pipeline.Silent()).close()
 
 
 def test_a_search_before_training_is_refused(config: RunConfig, tmp_path: Path) -> None:

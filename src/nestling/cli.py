@@ -27,6 +27,7 @@ EXIT_CODES = {
     "TrainingStopped": STOPPED,
     "CheckpointError": STOPPED,
     "EvaluationFailed": STOPPED,
+    "StoreError": STOPPED,
     "OSError": STOPPED,
 }
 """Errors that a person can act on, by name: their modules are not imported before they are needed."""
@@ -83,12 +84,16 @@ def train(config: ConfigFile, output: Output = None, set_: Overrides = None, res
 
 
 @app.command()
-def search(folder: RunFolder) -> None:
-    """Search the trained supernet; continues where it was stopped."""
+def search(folder: RunFolder, set_: Overrides = None, resume: Resume = False) -> None:
+    """Search the trained supernet; continues where it was stopped. `--set search.trials=200` extends it."""
     _check_run(folder)
+    if resume and not (folder / "study.db").exists():
+        from nestling.run import RunError
+
+        raise RunError(f"{folder} was not searched yet; leave --resume out")
     from nestling import console, pipeline
 
-    bench = pipeline.open_run(folder)
+    bench = pipeline.open_run(folder, overrides=set_ or ())
     try:
         with console.display() as listener:
             result = pipeline.search_supernet(bench, listener=listener)

@@ -43,7 +43,8 @@ class DataConfig(Part):
     search_images: Count = 1000
     """Images taken off the training split to score candidates and to calibrate."""
     test_images: Count | None = None
-    batch_size: Count = 64
+    """Read only this many test images, as many of one class as of another."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
     augment: Literal["none", "shift", "standard", "strong"] = "standard"
     """`shift` moves the image a little; `standard` also mirrors it; `strong` adds RandAugment and erasing."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -68,7 +69,7 @@ class TrainConfig(Part):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     random_subnets: Annotated[int, Field(ge=0)] = 2
     """Subnets drawn at random for each step, beside the largest and the smallest."""
-    switch: Fraction = 0.5
+    switch: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Delayed shrinking: the part of the run in which the largest network learns alone."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 5.0
     """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1."""
@@ -146,20 +147,21 @@ def load_config(path: Path, *, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {override!r} must be key=value, such as train.epochs=5")
-        table = content
-        *parents, last = key.split(".")
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
-        table[last] = _value(text)
+    _lay_over(content, overrides)
     if isinstance(content.get("space"), str):
         content["space"] = str(_find(content["space"], near=path.parent))
     return parse_config(content, origin=str(path))
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with `overrides` such as `search.trials=200` laid over it.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    content = config.model_dump()
+    _lay_over(content, overrides)
+    return parse_config(content, origin="--set")
 
 
 def parse_config(content: Mapping[str, Any], *, origin: str) -> RunConfig:
@@ -173,6 +175,20 @@ def parse_config(content: Mapping[str, Any], *, origin: str) -> RunConfig:
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _lay_over(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r} must be key=value, such as train.epochs=5")
+        table = content
+        *parents, last = key.split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override!r}: {parent} is a value, not a table")
+        table[last] = _value(text)
 
 
 def _find(name: str, *, near: Path) -> Path:

@@ -89,7 +89,7 @@ class Display:
         objectives = (objective.name for objective in result.problem.objectives)
         last = trial.reason or ", ".join(f"{name} {trial.metrics[name]:.4g}" for name in objectives)
         text = f"{done} of {wanted} candidates, {len(result.front)} on the front; last: {last}"
-        if not self.console.is_terminal and done % 10 == 0:
+        if not self.console.is_terminal and done % 10 == 0 and trial.state != "duplicate":
             self.console.print(f"  {text}", markup=False)
         self._advance("searching", done, wanted, text)
 

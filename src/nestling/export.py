@@ -178,10 +178,12 @@ def verify(
         tolerance, typical: see `check_logits`.
 
     Raises:
-        ExportMismatch: the file computes something else.
-        onnx.checker.ValidationError: it is not a valid model.
+        ExportMismatch: the file is not a valid model, or computes something else.
     """
-    onnx.checker.check_model(str(path), full_check=True)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportMismatch(f"{path.name} is not a valid ONNX file: {error}") from error
     got = run(path, images.detach().cpu().numpy())
     worst = check_logits(expected.detach().cpu().numpy(), got, tolerance=tolerance, typical=typical)
     return OnnxModel(path, images.shape[-1], worst)

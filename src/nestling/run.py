@@ -19,6 +19,13 @@ from nestling.config import ConfigError, RunConfig, parse_config
 PACKAGES = ("nestling", "torch", "torchvision", "timm", "optuna", "onnx", "onnxruntime", "numpy")
 
 
+CHANGEABLE = {
+    "search.trials", "search.sampler", "search.population", "search.warm_start", "export.members",
+    "train.checkpoint_seconds",
+}  # fmt: skip
+"""What may change after training has begun: it alters nothing that was measured."""
+
+
 class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message names the folder and what would do."""
 
@@ -85,20 +92,28 @@ class Run:
     def create(cls, folder: Path, config: RunConfig) -> Run:
         """The run in `folder`, made if need be, holding `config` and its provenance.
 
+        Before training has begun any configuration takes the place of the one that is there, afterwards one
+        that differs only in what alters nothing that was measured.
+
         Raises:
             RunError: the folder holds a run with another configuration.
         """
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         if run.config_file.exists():
-            old = run.config()
-            if old != config:
-                keys = ", ".join(sorted(_differences(old.model_dump(), config.model_dump())))
+            changed = _differences(run.config().model_dump(), config.model_dump())
+            begun = (folder / "training").exists()
+            if begun and not changed <= CHANGEABLE:
                 raise RunError(
-                    f"{folder} holds a run with another configuration (it differs in {keys}); "
-                    "choose another folder with --output, or remove this one"
+                    f"{folder} holds a run with another configuration (it differs in "
+                    f"{', '.join(sorted(changed - CHANGEABLE))}); choose another folder with --output, "
+                    "or remove this one"
                 )
-            return run
+            if not changed:
+                return run
+            if not begun:
+                for name in ("space.toml", "data.json"):
+                    (folder / name).unlink(missing_ok=True)
         run.write_json("provenance.json", provenance())
         write_atomically(run.config_file, config.model_dump_json(indent=2).encode())
         return run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from nestling.config import ConfigError, RunConfig, TrainConfig, load_config, parse_config
+from nestling.config import ConfigError, RunConfig, TrainConfig, load_config, override_config, parse_config
 
 MINIMAL = 'name = "toy"\nspace = "toy.toml"\n'
 
@@ -145,3 +145,11 @@ def test_a_space_is_found_beside_the_configuration_before_the_working_folder(
         ConfigError, match=r"space is 'none\.toml', but there is no file .*configs/none\.toml nor"
     ):
         load_config(path, overrides=["space=none.toml"])
+
+
+def test_a_configuration_is_overridden_and_a_slip_named() -> None:
+    config = RunConfig(name="x", space="x.toml")
+    assert override_config(config, ["search.trials=7"]).search.trials == 7
+    assert override_config(config, []) == config
+    with pytest.raises(ConfigError, match="did you mean 'trials'"):
+        override_config(config, ["search.trails=7"])

@@ -84,12 +84,30 @@ def test_a_run_with_the_same_configuration_is_continued_and_keeps_its_provenance
     assert run.read_json("provenance.json") == {"python": "then"}
 
 
+def test_before_training_a_configuration_is_replaced_with_all_that_came_of_it(
+    tmp_path: Path,
+) -> None:
+    run = Run.create(tmp_path, CONFIG)
+    run.space_file.write_text("of the old one")
+    other = CONFIG.model_copy(update={"seed": 2})
+    assert Run.create(tmp_path, other).config() == other
+    assert not run.space_file.exists()
+
+
+def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> None:
+    Run.create(tmp_path, CONFIG)
+    (tmp_path / "training").mkdir()
+    longer = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update={"trials": 7})})
+    assert Run.create(tmp_path, longer).config().search.trials == 7
+
+
 def test_a_run_with_another_configuration_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:
     Run.create(tmp_path, CONFIG)
+    (tmp_path / "training").mkdir()
     train = CONFIG.train.model_copy(update={"lr": 0.5})
     search = CONFIG.search.model_copy(update={"limits": {"size_mb": 1.0}, "trials": 7})
     other = CONFIG.model_copy(update={"seed": 2, "train": train, "search": search})
-    message = r"differs in search\.limits, search\.trials, seed, train\.lr\); choose another folder"
+    message = r"differs in search\.limits, seed, train\.lr\); choose another folder"
     with pytest.raises(RunError, match=message):
         Run.create(tmp_path, other)
     assert Run.open(tmp_path).config() == CONFIG

@@ -88,12 +88,13 @@ def timm_arguments(arch: Arch) -> tuple[str, dict[str, Any], int]:
 
 
 def layers(stage: str) -> tuple[str, ...]:
-    """The prefixes of the names of the layers that belong to `stage`: `stem`, `head` or `s<number>`."""
+    """The prefixes of the names of the layers of `stem`, `head`, the stage `s2` or its block `s2.b1`."""
     if stage == "stem":
         return ("conv_stem", "bn1")
     if stage == "head":
         return ("conv_head", "norm_head", "bn2", "act2", "global_pool", "flatten", "classifier")
-    return (f"blocks.{int(stage[1:]) - 1}",)
+    numbers = [int(part[1:]) - 1 for part in stage.split(".")]
+    return (".".join(["blocks", *map(str, numbers)]),)
 
 
 def rebuild(arch: Arch) -> str:

@@ -1,18 +1,17 @@
 """The stages of a run in their order: the only code that knows them all."""
 
 from nestling.pipeline.forecast import Forecast
+from nestling.pipeline.lookup import find_arch, space_summary
 from nestling.pipeline.stages import (
     Listener,
     Silent,
     export_arch,
     export_front,
-    find_arch,
     make_report,
     open_run,
     prepare,
     run_all,
     search_supernet,
-    space_summary,
     train_supernet,
 )
 from nestling.profile import Measurement

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +22,10 @@ from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
 
 CHECKED_IMAGES = 32
+SCORED_BATCH = 512
+"""Images that the device's runtime is given at a time; each has the whole time limit."""
+HELD_BYTES = 2**28
+"""Images of one resolution that the runtime keeps, so that the next candidate finds them there."""
 FP32_TOLERANCE = 1e-4
 """Largest difference to PyTorch of a float file's logits, as a fraction of their scale."""
 QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL = 0.5, 0.02
@@ -44,7 +47,7 @@ class Candidate:
     ranges: Mapping[str, Range]
     cost: Cost
     resolution: int
-    worst_error: float
+    worst_error: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
@@ -68,10 +71,8 @@ def quant_policy(bench: Workbench, arch: Arch) -> QuantPolicy:
     return QuantPolicy(tuple(rules))
 
 
-def write_candidate(
-    bench: Workbench, arch: Arch, path: Path, *, extra: Mapping[str, str] | None = None
-) -> Candidate:
-    """The candidate of `arch`, its ONNX file at `path`; `extra` is added to the file's metadata.
+def write_candidate(bench: Workbench, arch: Arch, path: Path) -> Candidate:
+    """The candidate of `arch`, its ONNX file at `path`.
 
     The same arch, weights and images give the same file to the last bit.
 
@@ -82,45 +83,59 @@ def write_candidate(
     network = bench.supernet.materialize(arch)
     recalibrate(network, bench.recalibration_images(resolution))
     network.cpu()
-    graph = trace(network, resolution=resolution)
-    ranges = observe(
-        graph,
-        quant_policy(bench, arch),
-        bench.calibration_images(resolution),
-        reduce_range=bench.device.fingerprint.int8_saturates,
-    )
-    model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
-    if ranges:
-        model = insert_qdq(model, ranges)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_onnx(with_metadata(model, file_metadata(bench, arch) | dict(extra or {})), path)
-    images = torch.from_numpy(bench.data.search.take(CHECKED_IMAGES).array(resolution))
+    try:
+        graph = trace(network, resolution=resolution)
+        ranges = observe(
+            graph,
+            quant_policy(bench, arch),
+            bench.calibration_images(resolution),
+            reduce_range=bench.device.fingerprint.int8_saturates,
+        )
+        model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
+        if ranges:
+            model = insert_qdq(model, ranges)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_onnx(with_metadata(model, file_metadata(bench, arch)), path)
+    except ValueError as error:
+        raise EvaluationFailed(str(error)) from error
+    candidate = Candidate(arch, path, network, graph, ranges, cost(network, resolution), resolution)
+    return replace(candidate, worst_error=verify_candidate(bench, candidate))
+
+
+def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
+    """The largest difference of a logit between the candidate's file and PyTorch, as a part of their scale.
+
+    Raises:
+        EvaluationFailed: the file computes something else, or in other precisions; it is removed.
+    """
+    images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
+    quantized = candidate.is_quantized
     with torch.no_grad():
-        expected = simulate(graph, ranges).run(images) if ranges else network(images)
+        expected = (
+            simulate(candidate.graph, candidate.ranges).run(images)
+            if quantized
+            else candidate.network(images)
+        )
     try:
         verified = verify(
-            path,
+            candidate.path,
             images,
             expected=expected,
             run=bench.device.predict,
-            tolerance=QUANTIZED_TOLERANCE if ranges else FP32_TOLERANCE,
-            typical=QUANTIZED_TYPICAL if ranges else None,
+            tolerance=QUANTIZED_TOLERANCE if quantized else FP32_TOLERANCE,
+            typical=QUANTIZED_TYPICAL if quantized else None,
         )
-        if ranges:
-            check_precisions(bench.device, path, graph, ranges)
+        if quantized:
+            check_precisions(bench.device, candidate.path, candidate.graph, candidate.ranges)
     except (DeviceError, ExportMismatch) as error:
-        path.unlink(missing_ok=True)
+        candidate.path.unlink(missing_ok=True)
         raise EvaluationFailed(str(error)) from error
-    return Candidate(
-        arch=arch,
-        path=path,
-        network=network,
-        graph=graph,
-        ranges=ranges,
-        cost=cost(network, resolution),
-        resolution=resolution,
-        worst_error=verified.worst_error,
-    )
+    return verified.worst_error
+
+
+def checked_images(bench: Workbench) -> EvalImages:
+    """The search images by which files are compared with PyTorch."""
+    return bench.data.search.take(min(CHECKED_IMAGES, len(bench.data.search)))
 
 
 def check_precisions(device: Device, path: Path, graph: Graph, ranges: Mapping[str, Range]) -> None:
@@ -158,12 +173,16 @@ def score(device: Device, path: Path, images: EvalImages, *, resolution: int) ->
     Raises:
         EvaluationFailed: the runtime crashed, hung or refused the file.
     """
+    correct = 0
+    held = len(images) * 12 * resolution**2 <= HELD_BYTES
     try:
-        logits = device.predict(path, images.array(resolution), key=f"{images.key}@{resolution}")
+        for number, batch in enumerate(images.at(resolution, batch_size=SCORED_BATCH)):
+            key = f"{images.key}@{resolution}/{number}" if held else None
+            logits = device.predict(path, batch.images.numpy(), key=key)
+            correct += int((logits.argmax(axis=1) == batch.labels.numpy()).sum())
     except DeviceError as error:
         raise EvaluationFailed(str(error)) from error
-    labels = np.asarray(images.labels)
-    return Accuracy(int((logits.argmax(axis=1) == labels).sum()), len(labels))
+    return Accuracy(correct, len(images))
 
 
 def measure(device: Device, path: Path) -> Measurement:
@@ -179,18 +198,19 @@ def measure(device: Device, path: Path) -> Measurement:
         raise EvaluationFailed(str(error)) from error
 
 
-def candidate_metrics(
-    candidate: Candidate, accuracy: Accuracy, measurement: Measurement, *, reference_ms: float
-) -> dict[str, float]:
-    """The metrics that a search weighs.
+def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[str, float]:
+    """Latency as a search weighs it.
 
-    Latency is the ratio to the device's reference model times that model's milliseconds, measured once:
+    It is the ratio to the device's reference model times that model's milliseconds, measured once:
     ratios repeat better than plain medians, and a front needs latencies that can be compared.
     """
+    return {"latency_ms": measurement.ratio * reference_ms, "latency_ratio": measurement.ratio}
+
+
+def candidate_metrics(candidate: Candidate, accuracy: Accuracy) -> dict[str, float]:
+    """The other metrics that a search weighs: exact ones, and accuracy."""
     return {
         "top1": accuracy.top1,
-        "latency_ms": measurement.ratio * reference_ms,
-        "latency_ratio": measurement.ratio,
         "size_mb": candidate.path.stat().st_size / BYTES_PER_MB,
         "mmacs": candidate.cost.macs / 1e6,
         "peak_mb": candidate.peak_bytes / BYTES_PER_MB,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,20 +12,35 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nestling.config import RunConfig
+from nestling.config import ConfigError, RunConfig, override_config
 from nestling.models.building import build_shapes
 from nestling.models.cost import cost
-from nestling.models.families import family
-from nestling.pipeline.candidate import candidate_metrics, measure, score, write_candidate
+from nestling.pipeline.candidate import (
+    candidate_metrics,
+    latency_metrics,
+    measure,
+    quant_policy,
+    score,
+    write_candidate,
+)
 from nestling.pipeline.forecast import Forecast, forecast
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.summary import data_facts, report_content
-from nestling.pipeline.workbench import Workbench
+from nestling.pipeline.workbench import Workbench, even_batch
 from nestling.profile import Measurement
 from nestling.report import ReportFiles, write_report
-from nestling.run import Run
-from nestling.search import Problem, SearchResult, Trial, check_sampler, load_result, search
-from nestling.space import Arch, SpaceError, load_space
+from nestling.run import Run, RunError
+from nestling.search import (
+    Problem,
+    SearchResult,
+    Trial,
+    check_limits,
+    check_sampler,
+    load_result,
+    search,
+    spread_along_front,
+)
+from nestling.space import Arch, load_space
 from nestling.train.loop import TrainingRecord, train
 from nestling.train.strategies import Progress, make_strategy
 
@@ -96,21 +111,44 @@ def prepare(config: RunConfig, folder: Path, *, listener: Listener) -> Workbench
     if continued:
         listener.note(f"continuing the run in {folder}")
     listener.stage("prepare")
-    problem(bench)
-    check_sampler(config.search.sampler, problem(bench), population=config.search.population)
-    bench.new_supernet()
+    try:
+        _refuse_early(bench)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(str(error)) from error
     bench.run.write_json("data.json", data_facts(bench))
     listener.note(f"device: {bench.device.fingerprint}")
     return bench
 
 
-def open_run(folder: Path) -> Workbench:
-    """The workbench of the run that `folder` holds.
+def _refuse_early(bench: Workbench) -> None:
+    """Tries, before hours are spent, what would otherwise fail after training.
 
     Raises:
-        RunError: there is none.
+        ValueError, KeyError, TypeError: an objective, limit, sampler, space, family or precision that is
+            unknown or cannot be used; a limit on multiply-accumulates that no network keeps.
     """
-    return Workbench(Run.open(folder))
+    config, space = bench.config, bench.space
+    given = load_space(Path(config.space)) if Path(config.space).exists() else space
+    if given.with_constants({"classes": len(bench.data.classes)}) != space:
+        raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
+    found = problem(bench)
+    check_sampler(config.search.sampler, found, population=config.search.population)
+    bench.new_supernet()
+    for arch in (space.smallest, space.largest):
+        quant_policy(bench, arch)
+    smallest = cost(build_shapes(bench.family.build, space.smallest), bench.resolution(space.smallest))
+    check_limits(found, smallest={"mmacs": smallest.macs / 1e6})
+
+
+def open_run(folder: Path, *, overrides: Sequence[str] = ()) -> Workbench:
+    """The workbench of the run that `folder` holds, with `overrides` such as `search.trials=200`.
+
+    Raises:
+        RunError: there is none, or an override would change what was measured.
+        ConfigError: an override that cannot be used.
+    """
+    run = Run.open(folder)
+    return Workbench(Run.create(folder, override_config(run.config(), overrides)))
 
 
 def problem(bench: Workbench) -> Problem:
@@ -138,14 +176,15 @@ def train_supernet(bench: Workbench, *, listener: Listener) -> None:
     strategy = make_strategy(config.train)
     expected = forecast(bench, supernet, strategy)
     listener.forecast(expected)
-    scored = data.search.take(min(len(data.search.labels), 512))
+    scored = data.search.take(min(len(data.search), 512))
+    size = even_batch(len(scored), at_most=max(64, config.data.batch_size))
 
     def estimate(arch: Arch) -> float:
         """Top-1 of `arch` on some search images, normalized by each batch's own statistics."""
         supernet.eval()
         correct = total = 0
         with torch.no_grad():
-            for batch in scored.at(data.size, batch_size=config.data.batch_size, device=bench.torch_device):
+            for batch in scored.at(data.size, batch_size=size, device=bench.torch_device):
                 correct += int((supernet(batch.images, arch).argmax(dim=1) == batch.labels).sum())
                 total += len(batch.labels)
         return correct / total
@@ -178,14 +217,17 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     """
     listener.stage("search")
     config = bench.config.search
+    wanted = problem(bench).needed()
 
     def evaluate(arch: Arch) -> Mapping[str, float]:
-        path = candidate_path(bench, arch)
+        path = bench.candidate_path(arch)
         candidate = write_candidate(bench, arch, path)
         accuracy = score(bench.device, path, bench.data.search, resolution=candidate.resolution)
-        measurement = measure(bench.device, path)
-        reference_ms = _reference_ms(bench, measurement)
-        return candidate_metrics(candidate, accuracy, measurement, reference_ms=reference_ms)
+        metrics = candidate_metrics(candidate, accuracy)
+        if "latency_ms" in wanted:
+            measurement = measure(bench.device, path)
+            metrics |= latency_metrics(measurement, reference_ms=_reference_ms(bench, measurement))
+        return metrics
 
     def on_trial(trial: Trial, result: SearchResult) -> None:
         listener.trial(trial, result, config.trials)
@@ -221,12 +263,15 @@ def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]
         RunError: nothing was searched, or no candidate keeps the limits.
     """
     listener.stage("export")
+    result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
+    if not result.trials:
+        raise RunError(f"{bench.run.folder} was not searched yet; `nestling search` does that")
     done = bench.run.read_json("members.json")
-    if done is not None:
+    chosen = [trial.arch.key for trial in spread_along_front(result, bench.config.export.members)]
+    if done is not None and [member["arch_key"] for member in done] == chosen:
         listener.note("the front is exported already")
         return list(done)
     with _timed(bench, "export"):
-        result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
         return export_members(bench, result, on_member=listener.exported)
 
 
@@ -237,7 +282,11 @@ def export_arch(bench: Workbench, arch: Arch, *, listener: Listener) -> dict[str
         EvaluationFailed: its file does not compute what PyTorch computes.
     """
     listener.stage("export")
-    return write_member(bench, arch, name=arch.key, searched={})
+    searched: Mapping[str, float] = {}
+    if bench.run.study_file.exists():
+        result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
+        searched = next((trial.metrics for trial in result.complete if trial.arch == arch), {})
+    return write_member(bench, arch, name=arch.key, searched=searched)
 
 
 def make_report(bench: Workbench, *, listener: Listener) -> ReportFiles:
@@ -267,47 +316,16 @@ def run_all(
         bench.close()
 
 
-def candidate_path(bench: Workbench, arch: Arch) -> Path:
-    """Where the file of the candidate `arch` lies during the search."""
-    return bench.run.folder / "candidates" / f"{arch.key}.onnx"
-
-
-def space_summary(path: Path, *, classes: int, resolution: int) -> dict[str, Any]:
-    """The size of the space in the file `path`, its choices, and the cost of its smallest and largest arch.
-
-    `classes` and `resolution` stand in for what the space leaves to the data.
-
-    Raises:
-        ValueError: the file is no space, or its networks cannot be built.
-    """
-    space = load_space(path)
-    if "classes" not in {choice.name for choice in space.choices}:
-        space = space.with_constants({"classes": classes})
-    build = family(space.family).build
-    costs = {}
-    for name, arch in (("smallest", space.smallest), ("largest", space.largest)):
-        side = arch.integer("resolution") if "resolution" in arch else resolution
-        found = cost(build_shapes(build, arch), side)
-        costs[name] = {
-            "resolution": side,
-            "macs": found.macs,
-            "params": found.params,
-            "activation_bytes": found.activation_bytes,
-            "peak_bytes": found.peak_bytes,
-        }
-    return {
-        "family": space.family,
-        "size": space.size,
-        "choices": {choice.name: list(choice.values) for choice in space.choices},
-        **costs,
-    }
-
-
 def _reference_ms(bench: Workbench, measurement: Measurement) -> float:
     """The reference model's milliseconds on the run's device: those of the run's first measurement."""
     fingerprint = measurement.fingerprint
     known = bench.run.read_json("reference.json")
-    if known is None or known["key"] != fingerprint.key:
+    if known is not None and known["key"] != fingerprint.key:
+        raise RunError(
+            f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
+            f"this one ({fingerprint}); their latencies do not compare: search in a new run"
+        )
+    if known is None:
         known = {
             "key": fingerprint.key,
             "latency_ms": float(np.median(measurement.reference_seconds)) * 1e3,
@@ -327,23 +345,3 @@ def _timed(bench: Workbench, stage: str, *, clock: Callable[[], float] = time.mo
         seconds = bench.run.read_json("seconds.json") or {}
         seconds[stage] = seconds.get(stage, 0.0) + clock() - began
         bench.run.write_json("seconds.json", seconds)
-
-
-def find_arch(bench: Workbench, name: str) -> Arch:
-    """The arch that `name` means: `smallest`, `largest`, the key of a trial, or a JSON file of decisions.
-
-    Raises:
-        SpaceError: none of these, or decisions that are not of the run's space.
-    """
-    if name in ("smallest", "largest"):
-        return bench.space.smallest if name == "smallest" else bench.space.largest
-    if Path(name).is_file():
-        return bench.space.canonical(Arch.from_json(Path(name).read_text()))
-    found = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
-    for trial in found.trials:
-        if trial.arch.key == name:
-            return trial.arch
-    raise SpaceError(
-        f"no arch {name!r} in {bench.run.folder}: give smallest, largest, a trial's key (`nestling report` "
-        "lists them), or a JSON file of decisions"
-    )

@@ -41,7 +41,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
             )
             for r in records
         ),
-        shrinking_step=_shrinking_step(bench, records[-1].step if records else 0),
+        shrinking_step=_shrinking_step(bench),
         device_name=str(device.get("device", bench.config.profile.device)),
         device=device,
         data=_data_facts(bench),
@@ -99,9 +99,11 @@ def _trials(result: SearchResult) -> tuple[TriedArch, ...]:
     )
 
 
-def _shrinking_step(bench: Workbench, steps: int) -> int | None:
-    config = bench.config.train
-    return round(config.switch * steps) if config.strategy == "delayed-shrinking" and steps else None
+def _shrinking_step(bench: Workbench) -> int | None:
+    config, finished = bench.config.train, bench.run.read_json("training.json")
+    if config.strategy != "delayed-shrinking" or finished is None:
+        return None
+    return round(config.switch * int(finished["forecast"]["steps"]))
 
 
 def _device_facts(reference: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestling.config import ConfigError
-from nestling.data import Data, load_data
+from nestling.data import Data, EvalImages, load_data
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet
 from nestling.profile import Device, MeasurementStore, connect
@@ -38,20 +39,36 @@ class Workbench:
 
     @cached_property
     def data(self) -> Data:
-        """The images.
+        """The images, kept as large as the space's largest resolution where the configuration gives no size.
 
         Raises:
             DataError: they cannot be had, or cannot be split as asked.
+            RunError: they are no longer those that the run began with.
         """
-        return load_data(self.config.data, seed=self.config.seed)
+        config = self.config.data
+        sides = next((c.values for c in self._bare_space.choices if c.name == "resolution"), ())
+        if config.size is None and sides:
+            config = config.model_copy(update={"size": max(int(side) for side in sides)})
+        data = load_data(config, seed=self.config.seed)
+        begun_with = (self.run.read_json("data.json") or {}).get("fingerprint", data.fingerprint)
+        if begun_with != data.fingerprint:
+            raise RunError(
+                f"the images of {config.source} are no longer those that {self.run.folder} began with: "
+                "its test images may now be among those it learnt from; begin a new run"
+            )
+        return data
+
+    @cached_property
+    def _bare_space(self) -> SearchSpace:
+        saved = self.run.space_file
+        return load_space(saved if saved.exists() else Path(self.config.space))
 
     @cached_property
     def space(self) -> SearchSpace:
         """The search space, with the number of classes that the data has."""
-        if self.run.space_file.exists():
-            return load_space(self.run.space_file)
-        space = load_space(Path(self.config.space)).with_constants({"classes": len(self.data.classes)})
-        save_space(space, self.run.space_file)
+        space = self._bare_space.with_constants({"classes": len(self.data.classes)})
+        if not self.run.space_file.exists():
+            save_space(space, self.run.space_file)
         return space
 
     @cached_property
@@ -71,7 +88,12 @@ class Workbench:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if asked.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"torch_device is {asked!r}, but torch sees no CUDA device; use auto or cpu")
-        return torch.device(asked)
+        try:
+            return torch.device(asked)
+        except RuntimeError:
+            raise ConfigError(
+                f"torch_device is {asked!r}, which torch does not know; use auto, cpu or cuda"
+            ) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -124,16 +146,38 @@ class Workbench:
 
     def recalibration_images(self, resolution: int) -> Iterator[Tensor]:
         """Training images without augmentation, in batches (N, 3, R, R), on the training device."""
-        images = self.data.train.calibration(self.config.search.recalibration_images)
-        for batch in images.at(resolution, batch_size=EVALUATION_BATCH, device=self.torch_device):
+        images = self._recalibration
+        size = even_batch(len(images), at_most=EVALUATION_BATCH)
+        for batch in images.at(resolution, batch_size=size, device=self.torch_device):
             yield batch.images
 
     def calibration_images(self, resolution: int) -> Iterator[Tensor]:
         """Training images without augmentation for ranges, in batches (N, 3, R, R), on the CPU."""
-        images = self.data.train.calibration(self.config.search.calibration_images)
-        for batch in images.at(resolution, batch_size=EVALUATION_BATCH):
+        for batch in self._calibration.at(resolution, batch_size=EVALUATION_BATCH):
             yield batch.images
+
+    @cached_property
+    def _recalibration(self) -> EvalImages:
+        train = self.data.train
+        return train.calibration(min(self.config.search.recalibration_images, len(train)))
+
+    @cached_property
+    def _calibration(self) -> EvalImages:
+        train = self.data.train
+        return train.calibration(min(self.config.search.calibration_images, len(train)))
+
+    def candidate_path(self, arch: Arch) -> Path:
+        """Where the file of the candidate `arch` lies during the search."""
+        return self.run.folder / "candidates" / f"{arch.key}.onnx"
 
     def resolution(self, arch: Arch) -> int:
         """The side of the images that `arch` reads, in pixels."""
         return arch.integer("resolution") if "resolution" in arch else self.data.size
+
+
+def even_batch(count: int, *, at_most: int) -> int:
+    """The batch size, at most `at_most`, that cuts `count` images into batches of nearly the same size.
+
+    A last batch of one image has no variance to normalize by, and a small one would count like the others.
+    """
+    return math.ceil(count / math.ceil(count / at_most))

@@ -133,13 +133,16 @@ class Problem:
 def check_limits(problem: Problem, *, smallest: Metrics) -> None:
     """Refuses limits that not even the smallest network keeps.
 
-    Every cost is least there; of accuracies the ends of a space say nothing for sure.
+    Multiply-accumulates are least there. Other costs need not be: 8 bits can be slower than floats, and a
+    file of few weights larger; they are refused where they are more than twice the limit. Of accuracies the
+    ends of a space say nothing for sure. A metric that `smallest` does not have is passed over.
 
     Raises:
         InfeasibleLimit: a cost of the smallest network is beyond its limit.
     """
     for limit in problem.limits:
-        if limit.is_ceiling and limit.violation(smallest) > 0:
+        allowed = 0.0 if limit.metric == "mmacs" else 1.0
+        if limit.is_ceiling and limit.metric in smallest and limit.violation(smallest) > allowed:
             raise InfeasibleLimit(
                 f"no network can keep {limit}: the smallest one of the space has {limit.metric} "
                 f"{smallest[limit.metric]:.4g}; raise the limit, or give the space smaller values"

@@ -149,7 +149,7 @@ def train(
         )
         return TrainingStopped(
             f"{reason}, after step {step} of {steps}; {where}. "
-            "Try a smaller train.lr, a longer train.warmup_epochs or train.clip_norm=1"
+            "In a new folder, try a smaller train.lr, a longer train.warmup_epochs or train.clip_norm=1"
         )
 
     batches = stream.batches(start_step=first, batch_size=batch_size, augment=augment, device=device)

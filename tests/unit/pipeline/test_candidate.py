@@ -10,6 +10,7 @@ from torch import nn
 from nestling.export import ExportMismatch
 from nestling.models.graph import Graph, trace
 from nestling.pipeline.candidate import check_precisions
+from nestling.pipeline.workbench import even_batch
 from nestling.profile import OptimizedOp
 from nestling.quant import QuantPolicy, Range, observe
 
@@ -53,3 +54,8 @@ def test_a_layer_left_in_float_against_the_policy_is_named(
 ) -> None:
     with pytest.raises(ExportMismatch, match="0 is computed in float"):
         _check(two_layers, "com.microsoft.nchwc.Conv", "Conv")
+
+
+@pytest.mark.parametrize(("count", "size"), [(257, 129), (256, 256), (1, 1), (512, 256), (513, 171)])
+def test_images_are_cut_into_batches_of_nearly_the_same_size(count: int, size: int) -> None:
+    assert even_batch(count, at_most=256) == size

@@ -64,9 +64,16 @@ def test_nothing_is_listed_twice() -> None:
 
 def test_a_limit_that_the_smallest_network_breaks_is_infeasible() -> None:
     problem = Problem.parse(SPACE, objectives=["top1"], limits={"mmacs": 2.0, "size_mb": 0.5})
-    with pytest.raises(InfeasibleLimit, match=r"size_mb at most 0.5: the smallest .* size_mb 0.75"):
-        check_limits(problem, smallest={"top1": 0.1, "mmacs": 1.0, "size_mb": 0.75})
-    check_limits(problem, smallest={"top1": 0.1, "mmacs": 2.0, "size_mb": 0.5})
+    with pytest.raises(InfeasibleLimit, match=r"mmacs at most 2: the smallest .* mmacs 2.1"):
+        check_limits(problem, smallest={"top1": 0.1, "mmacs": 2.1, "size_mb": 0.5})
+    check_limits(problem, smallest={"mmacs": 2.0})
+
+
+def test_a_cost_that_may_be_less_elsewhere_is_refused_from_twice_the_limit_on() -> None:
+    problem = Problem.parse(SPACE, objectives=["top1"], limits={"latency_ms": 1.0})
+    check_limits(problem, smallest={"top1": 0.1, "latency_ms": 1.9})
+    with pytest.raises(InfeasibleLimit, match="latency_ms"):
+        check_limits(problem, smallest={"top1": 0.1, "latency_ms": 2.1})
 
 
 def test_an_accuracy_that_the_smallest_network_lacks_is_not_infeasible() -> None:

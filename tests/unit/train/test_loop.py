@@ -294,7 +294,7 @@ def assert_stopped(space: SearchSpace, folder: Path, *, message: str, kept: int,
     with pytest.raises(TrainingStopped, match=message) as caught:
         run(new_supernet(space, SAVING), folder, config=SAVING, **changes)
     assert f"the checkpoint of step {kept} is kept in {folder}" in str(caught.value)
-    assert "Try a smaller train.lr" in str(caught.value)
+    assert "try a smaller train.lr" in str(caught.value)
     checkpoint = load_checkpoint(folder)
     assert checkpoint is not None
     assert checkpoint.step == kept
