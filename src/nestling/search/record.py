@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +54,8 @@ class Record:
         self.problem = problem
         self._path = path
         with quiet():
+            if not path.exists() and path.parent.is_dir():
+                _begin(path, problem, name)
             self._file = _open(path)
             stored = optuna.create_study(
                 study_name=name, storage=self._file, directions=directions(problem), load_if_exists=True
@@ -155,6 +159,24 @@ def read_record(problem: Problem, path: Path, name: str) -> SearchResult:
             return SearchResult(problem, ())
         study = optuna.load_study(study_name=name, storage=storage)
         return SearchResult(problem, tuple(_read(study, problem, path)))
+
+
+def _begin(path: Path, problem: Problem, name: str) -> None:
+    """Makes the file with its tables and an empty study, all at once.
+
+    Optuna makes them one after the other, and cannot open a file in which a kill has left some of them.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        storage = _open(Path(temporary))
+        study = optuna.create_study(study_name=name, storage=storage, directions=directions(problem))
+        study.set_user_attr("problem", _signature(problem))
+        storage.remove_session()
+        storage.engine.dispose()
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _open(path: Path) -> RDBStorage:

@@ -24,7 +24,7 @@ problem = Problem.parse(SearchSpace("toy", choices), objectives=["top1", "mmacs"
 def evaluate(arch):
     if told is not None:
         os.write(told, b".")
-    time.sleep(0.005)
+    time.sleep(0.02)
     cost = 1.0
     for number, value in enumerate(arch.values()):
         cost *= value + number
@@ -32,7 +32,7 @@ def evaluate(arch):
 
 
 def run(file):
-    return search(problem, evaluate, storage=file, name="toy", trials=14, population=4, warm_start=0)
+    return search(problem, evaluate, storage=file, name="toy", trials=20, population=4, warm_start=0)
 
 
 told = None
@@ -47,10 +47,11 @@ while True:
         os._exit(0)
     os.close(told)
     if kills < 6:
-        # at first at any time, then some evaluations on: there, or while the trial is written
-        for _ in range(rng.randint(1, 3) if kills > 1 else 0):
+        # at first while the study is opened, then an evaluation or two on: there, or while the trial is
+        # written; these are fewer than there are trials, so that no search ends before it is killed
+        for _ in range(rng.randint(1, 2) if kills > 1 else 0):
             os.read(hears, 1)
-        time.sleep(rng.uniform(0.0, 0.05 if kills > 1 else 0.3))
+        time.sleep(rng.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         kills += 1
     _, status = os.waitpid(child, 0)
@@ -76,7 +77,7 @@ def test_a_search_killed_at_random_moments_ends_like_one_that_was_not(tmp_path: 
     trials = optuna.load_study(study_name="toy", storage=f"sqlite:///{killed}").trials
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     evaluated = [trial for trial in trials if trial.user_attrs["state"] == "complete"]
-    assert len({trial.user_attrs["arch"] for trial in evaluated}) == len(evaluated) == 14
+    assert len({trial.user_attrs["arch"] for trial in evaluated}) == len(evaluated) == 20
     with sqlite3.connect(killed) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()
