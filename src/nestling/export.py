@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, Operator
+from nestling.run import write_atomically
 
 OPSET = 21
 IR_VERSION = 10
@@ -116,7 +115,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 def export_weights(network: nn.Module, path: Path) -> None:
     """Writes `network`'s parameters and buffers to `path` as safetensors, in one step."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    _replace(path, safetensors.torch.save(state))
+    write_atomically(path, safetensors.torch.save(state))
 
 
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:
@@ -127,7 +126,7 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     """
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
         raise ValueError(f"{path}: {model.ByteSize()} bytes; one ONNX file holds less than 2 GiB")
-    _replace(path, model.SerializeToString(deterministic=True))
+    write_atomically(path, model.SerializeToString(deterministic=True))
 
 
 def check_logits(expected: Logits, got: Logits, *, tolerance: float, typical: float | None = None) -> float:
@@ -209,20 +208,6 @@ def official_export(network: nn.Module, path: Path, *, resolution: int, dynamic_
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program")
     save_onnx(program.model_proto, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # What ONNX wants as operands of a node, in this order, though it is fixed when the graph is made.

@@ -191,7 +191,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestling.export.os.fsync", no_space)
+    monkeypatch.setattr("nestling.run.os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         save_onnx(to_onnx(trace(_small(), resolution=4)), path)
     assert path.read_bytes() == b"old"

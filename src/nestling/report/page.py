@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +15,7 @@ from nestling.report.markdown import front_markdown
 from nestling.report.markup import Markup, join, tag
 from nestling.report.picture import front_png
 from nestling.report.words import member_numbers, tips
+from nestling.run import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,10 @@ def write_report(content: ReportContent, folder: Path) -> ReportFiles:
         markdown=folder / "report.md",
         json=folder / "report.json",
     )
-    _write(files.json, content.to_json().encode())
-    _write(files.markdown, front_markdown(content).encode())
-    _write(files.png, front_png(content))
-    _write(files.html, report_html(content).encode())
+    write_atomically(files.json, content.to_json().encode())
+    write_atomically(files.markdown, front_markdown(content).encode())
+    write_atomically(files.png, front_png(content))
+    write_atomically(files.html, report_html(content).encode())
     return files
 
 
@@ -92,17 +91,3 @@ def _script_json(value: dict[str, str]) -> Markup:
 
 def _resource(name: str) -> str:
     return resources.files("nestling.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -317,7 +317,7 @@ def test_a_write_that_fails_leaves_the_old_report(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestling.report.page.os.fsync", full)
+    monkeypatch.setattr("nestling.run.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_report(EMPTY, tmp_path)
     assert files.json.read_bytes() == before
