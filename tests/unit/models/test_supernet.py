@@ -133,6 +133,7 @@ def test_evaluation_normalizes_by_the_batch(supernet: Supernet, images: Tensor) 
 def test_weights_of_the_plain_largest_network_load_as_they_are(supernet: Supernet) -> None:
     state = {f"largest.{k}": v for k, v in build(supernet.space.largest).state_dict().items()}
     supernet.load_state_dict(state, strict=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in supernet.state_dict().items())
 
 
 def test_images_are_resized_to_the_resolution_of_the_arch_only_where_they_differ(images: Tensor) -> None:
