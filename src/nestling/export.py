@@ -61,9 +61,13 @@ def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
     """
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
+    readers = graph.readers()
     for operator in graph.operators:
         operands = list(operator.inputs)
         attributes = dict(operator.attributes)
+        if operator.kind == "Pad" and any(reader.kind == "MaxPool" for reader in readers[operator.name]):
+            # ONNX Runtime 1.31 folds zeros into the pooling, which then ignores them: so not quite zero.
+            attributes.setdefault("value", _LEAST)
         if operator.kind == "Expand":
             operands = [_expanded_shape(operator, nodes, constants, dynamic_batch=dynamic_batch)]
         for role, tensor in (("weight", operator.weight), ("bias", operator.bias)):
@@ -73,10 +77,15 @@ def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
         if operator.kind == "Expand":
             operands.reverse()
         for key in _AS_OPERANDS.get(operator.kind, ()):
+            if key not in attributes:
+                operands.append("")
+                continue
             value = np.asarray(attributes.pop(key))
             dtype = np.float32 if value.dtype.kind == "f" else np.int64
             constants.append(_constant(f"{operator.name}.{key}", value.astype(dtype)))
             operands.append(constants[-1].name)
+        while not operands[-1]:
+            operands.pop()
         node = helper.make_node(operator.kind, operands, [operator.name], name=operator.name)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         nodes.append(node)
@@ -210,14 +219,24 @@ def official_export(network: nn.Module, path: Path, *, resolution: int, dynamic_
     save_onnx(program.model_proto, path)
 
 
-# What ONNX wants as operands of a node, in this order, though it is fixed when the graph is made.
+_LEAST = float(np.finfo(np.float32).tiny)
+
+# What ONNX wants as operands of a node, in this order, though it is fixed when the graph is made. An operand
+# that an operator has no attribute for is left out.
 _AS_OPERANDS = {
     "Clip": ("min", "max"),
     "Gather": ("indices",),
-    "Pad": ("pads",),
+    "Pad": ("pads", "value"),
+    "ReduceL2": ("axes",),
+    "ReduceMax": ("axes",),
     "ReduceMean": ("axes",),
+    "ReduceSum": ("axes",),
     "Reshape": ("shape",),
-    "Slice": ("starts", "ends", "axes"),
+    "Resize": ("roi", "scales", "sizes"),
+    "Slice": ("starts", "ends", "axes", "steps"),
+    "Squeeze": ("axes",),
+    "Tile": ("repeats",),
+    "Unsqueeze": ("axes",),
 }
 
 

@@ -83,13 +83,32 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReduceMean": lambda x: x.mean(2) + x.mean(3),
     "AveragePool": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False) + F.adaptive_avg_pool2d(x, 4),
     "MaxPool": lambda x: F.max_pool2d(x, 3, 2, 1),
-    "Pad": lambda x: F.pad(x, (1, 2, 0, 3)),
+    "Pad": lambda x: (
+        F.pad(F.pad(x, (1, 2, 0, 3)), (3, 0, 2, 0), mode="reflect") + F.pad(x, (3, 3, 2, 3), value=2)
+    ),
     "Flatten": lambda x: x.view(x.shape[0], -1),
     "Reshape": lambda x: x.reshape(x.shape[0], 3, 4, -1),
     "Transpose": lambda x: x.permute(0, 2, 3, 1).contiguous().transpose(1, 2),
     "Concat": lambda x: torch.cat((x, x.sigmoid()), dim=1),
-    "Slice": lambda x: x[:, 1:, :, 2:5] + x.chunk(2, dim=3)[1][:, :2, :, :3],
-    "Gather": lambda x: x[:, 1] + x.unbind(1)[2],
+    "Slice": lambda x: x[:, 1:, :, 1:6:2] + x.chunk(2, dim=3)[1][:, :2, :, :3],
+    "Gather": lambda x: x[:, 1] + x.unbind(1)[2] + x.flip(3)[:, [0, 2]].mean(1),
+    "ConvTranspose": lambda x: F.conv_transpose2d(x, _KERNEL[:3], _WEIGHT[0, :3], 2, 1, (1, 0), 1),
+    "Pow": lambda x: x.abs() ** 1.5,
+    "Abs": torch.abs,
+    "Exp": torch.exp,
+    "Log": lambda x: (x.abs() + 1).log(),
+    "Sqrt": lambda x: x.exp().sqrt(),
+    "Reciprocal": lambda x: 1 / x.exp(),
+    "PRelu": lambda x: F.prelu(x, _WEIGHT[0, :3]),
+    "Softplus": lambda x: F.softplus(x * 5),
+    "InstanceNormalization": lambda x: F.instance_norm(x, weight=_WEIGHT[0, :3]) + F.group_norm(x, 1),
+    "ReduceSum": lambda x: x.sum(1) + x.sum((2, 3), keepdim=True)[:, 0],
+    "ReduceMax": lambda x: x.amax((1, 2)),
+    "ReduceL2": lambda x: F.normalize(x, dim=1),
+    "Unsqueeze": lambda x: torch.stack((x, -x), dim=2),
+    "Squeeze": lambda x: x[:, :1].squeeze(1),
+    "Tile": lambda x: x.repeat(1, 2, 1, 1) + x[:, :1].expand(-1, 6, -1, -1),
+    "Resize": lambda x: F.interpolate(x, 13) + F.interpolate(x, (13, 13), mode="bilinear"),
     "Expand": lambda x: torch.cat((_WEIGHT[None, :1, :3].expand(x.shape[0], -1, -1), _rows(x)), dim=1),
 }
 """For every operator kind, a function on images (N, 3, 8, 8) that needs it."""
@@ -108,6 +127,16 @@ def test_an_operator_computes_in_onnx_runtime_what_it_computes_in_pytorch(kind: 
     torch.testing.assert_close(graph.run(images), expected)
     got = torch.from_numpy(run_onnx(to_onnx(graph, dynamic_batch=True), images.numpy()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_zeros_before_a_maximum_count_in_the_file_too() -> None:
+    def function(images: Tensor) -> Tensor:
+        return F.max_pool2d(F.pad(-images.abs() - 1, (1, 1, 1, 1)), 3, 2)
+
+    images = random_images(1, 8)
+    got = run_onnx(to_onnx(trace(Calls(function).eval(), resolution=8)), images.numpy())
+    torch.testing.assert_close(torch.from_numpy(got), function(images))
+    assert got.max() == pytest.approx(0)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnet18", "tf_efficientnet_lite0"])

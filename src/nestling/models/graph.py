@@ -19,8 +19,9 @@ INPUT = "images"
 OUTPUT = "logits"
 _AGREES_WITHIN = 1e-3
 _IN_PLACE = {
-    "Add", "Clip", "Div", "Elu", "Flatten", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu",
-    "Reshape", "Sigmoid", "Sub", "Tanh",
+    "Abs", "Add", "Clip", "Div", "Elu", "Exp", "Flatten", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu",
+    "Log", "Mul", "PRelu", "Pow", "Reciprocal", "Relu", "Reshape", "Sigmoid", "Softplus", "Sqrt", "Squeeze",
+    "Sub", "Tanh", "Unsqueeze",
 }  # fmt: skip
 
 
@@ -105,23 +106,34 @@ class Graph:
 
 
 @torch.no_grad()
-def trace(network: nn.Module, *, resolution: int) -> Graph:
+def trace(network: nn.Module, *, resolution: int, image: Tensor | None = None) -> Graph:
     """The graph of `network` for images of `resolution` pixels a side.
 
-    The network is run once on one random image while its calls into PyTorch are recorded. Then batch
+    The network is run once on one image while its calls into PyTorch are recorded. Then batch
     normalization is folded into the convolution or linear layer before it (elsewhere it is a scale and a
     shift for each channel) and padding into the convolution after it; kernels lose the taps that can only
-    meet padding; dropout, stochastic depth and identities vanish. The graph is run on the same image and
-    must give the same logits.
+    meet padding; dropout, stochastic depth and identities vanish. The graph is run on the same image, alone
+    and beside another, and must give the same logits.
+
+    Args:
+        network: in evaluation mode.
+        resolution: side of its images in pixels.
+        image: (1, 3, R, R), one that the network was made for: of other images a deep network may give
+            numbers so large that two ways to compute them part. A random one where it is not given.
 
     Raises:
-        ValueError: the network is in training mode.
+        ValueError: the network is in training mode, or the image has another shape.
         Untraceable: an operation without a translation, or a graph that computes something else.
     """
     if network.training:
         raise ValueError("only a network in eval mode can be traced; call .eval() first")
     place = next((p.device for p in network.parameters()), torch.device("cpu"))
-    image = torch.rand(1, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)).to(place)
+    shape = (1, 3, resolution, resolution)
+    if image is None:
+        image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    if image.shape != shape:
+        raise ValueError(f"the image has shape {tuple(image.shape)}; it must be {shape}")
+    image = image.to(place)
     recorder = Recorder(TRANSLATIONS, queries=QUERIES)
     given = image.clone()  # the network may change it in place
     recorder.bind(given, INPUT)
@@ -151,14 +163,27 @@ def trace(network: nn.Module, *, resolution: int) -> Graph:
         return tensor
 
     again = _run(operators, image, source=INPUT, output=OUTPUT, after=note)
-    if not torch.allclose(
-        again, logits, rtol=0, atol=_AGREES_WITHIN * float(logits.abs().max()), equal_nan=True
-    ):
-        worst = float((again - logits).abs().max())
-        raise Untraceable(
-            f"the graph of {type(network).__name__} computes something else (logits differ by {worst:.3g})"
-        )
+    try:
+        pair = _run(operators, torch.cat((image, image.flip(-1))), source=INPUT, output=OUTPUT, after=None)
+    except RuntimeError as error:
+        raise Untraceable(f"the graph of {type(network).__name__} is for one image only ({error})") from error
+    _refuse_other_logits(network, logits, again, "something else")
+    _refuse_other_logits(network, logits, pair[: len(logits)], "something else when there is a second image")
     return Graph(tuple(operators), INPUT, OUTPUT, shapes, resolution)
+
+
+def _refuse_other_logits(network: nn.Module, wanted: Tensor, got: Tensor, what: str) -> None:
+    limit = _AGREES_WITHIN * float(wanted.nan_to_num().abs().max())
+    if wanted.shape != got.shape:
+        raise Untraceable(
+            f"the graph of {type(network).__name__} computes {what} "
+            f"(logits of shape {tuple(got.shape)}, not {tuple(wanted.shape)})"
+        )
+    if not torch.allclose(got, wanted, rtol=0, atol=limit, equal_nan=True):
+        worst = float((got - wanted).abs().max())
+        raise Untraceable(
+            f"the graph of {type(network).__name__} computes {what} (logits differ by {worst:.3g})"
+        )
 
 
 def _leave(recorder: Recorder) -> None:
@@ -228,9 +253,12 @@ def _merge(before: Operator, operator: Operator) -> Operator | None:
     """One operator that does what `before` and then `operator` do, or None."""
     if operator.kind == "Conv" and before.kind == "Pad":
         more = before.integers("pads")
-        if any((*more[:2], *more[4:6])):
+        half = len(more) // 2
+        sides = (*more[:2], *more[half : half + 2])
+        if any(sides) or "mode" in before.attributes or "value" in before.attributes:
             return None
-        pads = tuple(a + b for a, b in zip(operator.integers("pads"), (*more[2:4], *more[6:8]), strict=True))
+        more = (*more[2:half], *more[half + 2 :])
+        pads = tuple(a + b for a, b in zip(operator.integers("pads"), more, strict=True))
         return replace(operator, inputs=before.inputs, attributes={**operator.attributes, "pads": pads})
     if operator.kind not in ("Mul", "Add") or operator.weight is None or before.kind not in ("Conv", "Gemm"):
         return None
@@ -246,6 +274,8 @@ def _merge(before: Operator, operator: Operator) -> Operator | None:
 
 
 def _per_channel(constant: Tensor, channels: int, *, axes_after: int) -> Tensor | None:
+    if constant.ndim > axes_after + 2:
+        return None  # what it gives has more axes
     if constant.numel() == 1:
         return constant.reshape(1).expand(channels)
     aligned = constant.shape[-1 - axes_after :] == (channels, *(1 for _ in range(axes_after)))

@@ -93,11 +93,12 @@ def compute(operator: Operator, *inputs: Tensor) -> Tensor:
 
 
 def _conv(operator: Operator, images: Tensor) -> Tensor:
-    top, left, bottom, right = operator.integers("pads")
-    padding = (top, left)
-    if padding != (bottom, right):
-        images, padding = F.pad(images, (left, right, top, bottom)), (0, 0)
-    return F.conv2d(
+    pads = operator.integers("pads")
+    rank = len(pads) // 2
+    padding = pads[:rank]
+    if padding != pads[rank:]:
+        images, padding = F.pad(images, _torch_order(pads)), (0,) * rank
+    return _CONVOLUTIONS[rank](
         images,
         operator.constant(),
         operator.bias,
@@ -106,6 +107,27 @@ def _conv(operator: Operator, images: Tensor) -> Tensor:
         operator.integers("dilations"),
         operator.integer("group"),
     )
+
+
+def _conv_transpose(operator: Operator, images: Tensor) -> Tensor:
+    pads = operator.integers("pads")
+    rank = len(pads) // 2
+    return _TRANSPOSED_CONVOLUTIONS[rank](
+        images,
+        operator.constant(),
+        operator.bias,
+        operator.integers("strides"),
+        pads[:rank],
+        operator.integers("output_padding"),
+        operator.integer("group"),
+        operator.integers("dilations"),
+    )
+
+
+def _torch_order(pads: tuple[int, ...]) -> list[int]:
+    """ONNX's pads, all before and then all after, as PyTorch wants them: last axis first."""
+    half = len(pads) // 2
+    return [side for axis in reversed(range(half)) for side in (pads[axis], pads[axis + half])]
 
 
 def _gemm(operator: Operator, rows: Tensor) -> Tensor:
@@ -131,36 +153,56 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _max_pool(operator: Operator, images: Tensor) -> Tensor:
-    top, left, bottom, right = operator.integers("pads")
-    if (top, left) != (bottom, right):
-        images = F.pad(images, (left, right, top, bottom), value=float("-inf"))
-        top = left = 0
-    return F.max_pool2d(
+    kernel = operator.integers("kernel_shape")
+    pool = F.max_pool1d if len(kernel) == 1 else F.max_pool2d
+    return pool(
         images,
-        operator.integers("kernel_shape"),
+        kernel,
         operator.integers("strides"),
-        (top, left),
+        operator.integers("pads")[: len(kernel)],
         ceil_mode=bool(operator.integer("ceil_mode")),
     )
 
 
 def _average_pool(operator: Operator, images: Tensor) -> Tensor:
-    top, left, _, _ = operator.integers("pads")
-    return F.avg_pool2d(
+    kernel = operator.integers("kernel_shape")
+    pool = F.avg_pool1d if len(kernel) == 1 else F.avg_pool2d
+    return pool(
         images,
-        operator.integers("kernel_shape"),
+        kernel,
         operator.integers("strides"),
-        (top, left),
+        operator.integers("pads")[: len(kernel)],
         ceil_mode=bool(operator.integer("ceil_mode")),
         count_include_pad=bool(operator.integer("count_include_pad")),
     )
 
 
 def _pad(operator: Operator, tensor: Tensor) -> Tensor:
-    pads = operator.integers("pads")
-    half = len(pads) // 2
-    torch_order = [side for axis in reversed(range(half)) for side in (pads[axis], pads[axis + half])]
-    return F.pad(tensor, torch_order)
+    sides = _torch_order(operator.integers("pads"))
+    mode = operator.attributes.get("mode", "constant")
+    if mode == "constant":
+        return F.pad(tensor, sides, value=operator.number("value") if "value" in operator.attributes else 0.0)
+    # PyTorch mirrors and repeats along the axes after the second only.
+    return F.pad(tensor, sides[: 2 * (tensor.ndim - 2)], mode=_PADDING[str(mode)])
+
+
+def _resize(operator: Operator, images: Tensor) -> Tensor:
+    mode = "nearest" if operator.attributes["mode"] == "nearest" else "bilinear"
+    return F.interpolate(images, operator.integers("sizes"), mode=mode)
+
+
+def _instance_norm(operator: Operator, tensor: Tensor) -> Tensor:
+    normal = F.layer_norm(tensor, tensor.shape[2:], eps=operator.number("epsilon"))
+    shape = (-1, *(1 for _ in tensor.shape[2:]))
+    bias = torch.zeros(()) if operator.bias is None else operator.bias.reshape(shape)
+    return normal * operator.constant().reshape(shape) + bias
+
+
+def _reduce(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> Callable[..., Tensor]:
+    def apply(operator: Operator, tensor: Tensor) -> Tensor:
+        return function(tensor, operator.integers("axes"), bool(operator.integer("keepdims")))
+
+    return apply
 
 
 def _layer_norm(operator: Operator, tensor: Tensor) -> Tensor:
@@ -170,7 +212,21 @@ def _layer_norm(operator: Operator, tensor: Tensor) -> Tensor:
 
 def _slice(operator: Operator, tensor: Tensor) -> Tensor:
     (start,), (end,), (axis,) = (operator.integers(key) for key in ("starts", "ends", "axes"))
-    return tensor.narrow(axis, start, end - start)
+    (step,) = operator.integers("steps") if "steps" in operator.attributes else (1,)
+    return tensor[(*[slice(None)] * axis, slice(start, end, step))]
+
+
+def _gather(operator: Operator, tensor: Tensor) -> Tensor:
+    axis, indices = operator.integer("axis"), operator.attributes["indices"]
+    if isinstance(indices, tuple):
+        return tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+    return tensor.select(axis, operator.integer("indices"))
+
+
+def _unsqueeze(operator: Operator, tensor: Tensor) -> Tensor:
+    for axis in operator.integers("axes"):
+        tensor = tensor.unsqueeze(axis)
+    return tensor
 
 
 def _concat(operator: Operator, *tensors: Tensor) -> Tensor:
@@ -182,14 +238,25 @@ def _expand(operator: Operator, like: Tensor) -> Tensor:
     return constant.expand(like.shape[0], *constant.shape[1:])
 
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d}
+_PADDING = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
 COMPUTE: dict[str, Callable[..., Tensor]] = {
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Add": _binary(torch.add),
     "Sub": _binary(torch.sub),
     "Mul": _binary(torch.mul),
     "Div": _binary(torch.div),
+    "Pow": _binary(torch.pow),
+    "Abs": _unary(torch.abs),
+    "Exp": _unary(torch.exp),
+    "Log": _unary(torch.log),
+    "Sqrt": _unary(torch.sqrt),
+    "Reciprocal": _unary(torch.reciprocal),
     "Relu": _unary(torch.relu),
     "Sigmoid": _unary(torch.sigmoid),
     "Tanh": _unary(torch.tanh),
@@ -197,14 +264,18 @@ COMPUTE: dict[str, Callable[..., Tensor]] = {
     "HardSigmoid": _unary(F.hardsigmoid),
     "Clip": lambda operator, tensor: tensor.clamp(operator.number("min"), operator.number("max")),
     "LeakyRelu": lambda operator, tensor: F.leaky_relu(tensor, operator.number("alpha")),
+    "PRelu": lambda operator, tensor: F.prelu(tensor, operator.constant().flatten()),
+    "Softplus": _unary(F.softplus),
     "Elu": lambda operator, tensor: F.elu(tensor, operator.number("alpha")),
     "Gelu": lambda operator, tensor: F.gelu(tensor, approximate=str(operator.attributes["approximate"])),
     "Softmax": lambda operator, tensor: tensor.softmax(operator.integer("axis")),
     "LayerNormalization": _layer_norm,
+    "InstanceNormalization": _instance_norm,
     "GlobalAveragePool": lambda _, images: images.mean((2, 3), keepdim=True),
-    "ReduceMean": lambda operator, tensor: tensor.mean(
-        operator.integers("axes"), keepdim=bool(operator.integer("keepdims"))
-    ),
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceSum": _reduce(torch.sum),
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceL2": _reduce(lambda tensor, axes, keep: torch.linalg.vector_norm(tensor, 2, axes, keep)),
     "AveragePool": _average_pool,
     "MaxPool": _max_pool,
     "Pad": _pad,
@@ -213,7 +284,11 @@ COMPUTE: dict[str, Callable[..., Tensor]] = {
     "Transpose": lambda operator, tensor: tensor.permute(operator.integers("perm")),
     "Concat": _concat,
     "Slice": _slice,
-    "Gather": lambda operator, tensor: tensor.select(operator.integer("axis"), operator.integer("indices")),
+    "Gather": _gather,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda operator, tensor: tensor.squeeze(operator.integers("axes")),
+    "Tile": lambda operator, tensor: tensor.repeat(operator.integers("repeats")),
+    "Resize": _resize,
     "Expand": _expand,
 }
 """How PyTorch computes each kind: the kinds that a graph may hold."""

@@ -84,7 +84,8 @@ def write_candidate(bench: Workbench, arch: Arch, path: Path) -> Candidate:
     recalibrate(network, bench.recalibration_images(resolution))
     network.cpu()
     try:
-        graph = trace(network, resolution=resolution)
+        image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
+        graph = trace(network, resolution=resolution, image=image)
         ranges = observe(
             graph,
             quant_policy(bench, arch),
@@ -148,7 +149,11 @@ def check_precisions(device: Device, path: Path, graph: Graph, ranges: Mapping[s
         ExportMismatch: the layers are listed.
         DeviceError: the runtime refuses the file.
     """
-    weighted = {operator.name: operator.layer for operator in graph.operators if operator.kind in WEIGHTED}
+    weighted = {
+        operator.name: operator.layer
+        for operator in graph.operators
+        if operator.kind in WEIGHTED and operator.weight is not None
+    }
     wanted = {name for name in weighted if f"{name}.weight" in ranges}
     found = {node.name for node in device.optimized_ops(path) if node.op in INTEGER_OPS} & weighted.keys()
     if found != wanted:

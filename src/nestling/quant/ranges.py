@@ -72,7 +72,9 @@ _INTEGER_KINDS = {
     "AveragePool",
 }
 # Kinds that only move numbers, so that what they write has the range of what they read.
-_MOVING_KINDS = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather"}
+_MOVING_KINDS = {
+    "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
+}  # fmt: skip
 _WEIGHT_AXES = {"Conv": 0, "Gemm": 0, "MatMul": 1}
 
 
@@ -167,8 +169,6 @@ def _only_reader(readers: Mapping[str, list[Operator]], graph: Graph, operator: 
 
 def _is_absorbed(operator: Operator, *, by: Operator) -> bool:
     """Whether the runtime computes `operator` as part of the one before it, `by`."""
-    if by.kind == "MatMul" and operator.kind == "Add" and operator.weight is not None:
-        return True
     rectifies = operator.kind == "Relu" or (operator.kind == "Clip" and operator.number("min") == 0.0)
     return rectifies and by.kind in ("Conv", "Gemm", "MatMul", "Add", "Mul")
 

@@ -281,3 +281,13 @@ def test_peak_bytes_hold_a_shortcut_until_it_is_added() -> None:
 
     graph = trace(Residual().eval(), resolution=4)
     assert graph.peak_bytes() == (3 + 6 + 3) * 4 * 4 * 4
+
+
+def test_a_graph_can_be_checked_on_an_image_of_the_networks_own() -> None:
+    network = timm.create_model("test_resnet", num_classes=3).eval()
+    image = torch.randn(1, 3, 32, 32)
+    graph = trace(network, resolution=32, image=image)
+    with torch.no_grad():
+        assert torch.allclose(graph.run(image), network(image), atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 32, 32\); it must be \(1, 3, 64, 64\)"):
+        trace(network, resolution=64, image=image)

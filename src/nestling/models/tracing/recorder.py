@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from nestling.models.operators import Attribute, Operator
+from nestling.models.tracing.places import IMAGES, Place, place_after
 
 Translation = Callable[..., str | tuple[str, ...]]
+
+UNWRITTEN = "?"
+"""The name of a result that no operator writes, such as where a maximum lies: none may read it."""
 
 
 class Untraceable(ValueError):  # noqa: N818 the word says it
@@ -41,6 +46,7 @@ class Recorder(TorchFunctionMode):
         self._names: dict[int, str] = {}
         self._taken: set[str] = set()
         self._kept: list[Tensor] = []
+        self._places: dict[str, Place] = {}
 
     def bind(self, tensor: Tensor, name: str) -> None:
         """Calls `tensor` `name` from here on. It is kept alive, so that its id stays its own."""
@@ -50,6 +56,10 @@ class Recorder(TorchFunctionMode):
     def name(self, tensor: object) -> str | None:
         """The name of `tensor` if it depends on the input, None if it is a constant."""
         return self._names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def images_axis(self, name: str) -> int:
+        """The axis along which the tensor called `name` counts images, or images and what comes of each."""
+        return self._places.get(name, IMAGES).axis
 
     def read(self, tensor: Tensor) -> str:
         """The name of `tensor`.
@@ -72,12 +82,16 @@ class Recorder(TorchFunctionMode):
         attributes: dict[str, Attribute] | None = None,
     ) -> str:
         """The name of the tensor that the operator recorded here writes."""
+        if UNWRITTEN in inputs:
+            raise self.untraceable("the second result of an operation")
         layer = self.layers[-1]
         stem = f"{layer}/{kind}" if layer else kind
         name, count = stem, 1
         while name in self._taken:
             name, count = f"{stem}.{count}", count + 1
         self._taken.add(name)
+        places = [self._places.get(read, IMAGES) for read in inputs]
+        self._places[name] = place_after(kind, attributes or {}, places, weight)
         constants = [None if c is None else c.detach().clone() for c in (weight, bias)]
         self.operators.append(Operator(kind, name, tuple(inputs), layer, attributes or {}, *constants))
         return name
@@ -101,12 +115,20 @@ class Recorder(TorchFunctionMode):
         except TypeError as error:
             raise self.untraceable(f"{resolve_name(func)} called like this ({error})") from error
         result = func(*args, **kwargs)
-        if isinstance(written, str):
-            self.bind(result, written)
-        else:
-            for tensor, name in zip(result, written, strict=True):
-                self.bind(tensor, name)
+        pairs = [(result, written)] if isinstance(written, str) else zip(result, written, strict=True)
+        for tensor, name in pairs:
+            # What writes to a part of its first operand returns nothing.
+            changed = args[0] if tensor is None and name != UNWRITTEN else tensor
+            if name != UNWRITTEN and changed.dtype != torch.float32:
+                raise self.untraceable(f"{resolve_name(func)} that gives {changed.dtype}")
+            if changed is not None:
+                self.bind(changed, name)
         return result
+
+
+def like(tensor: Tensor, value: Tensor | float) -> Tensor:
+    """`value` as a constant of the type and on the device of `tensor`."""
+    return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
 
 
 def flat(values: Sequence[Any]) -> list[Any]:
