@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 _aten = torch.ops.aten
 
@@ -39,13 +39,10 @@ def cost(network: nn.Module, resolution: int) -> Cost:
     """The cost of one `resolution` x `resolution` colour image through `network`.
 
     Runs the network on the meta device: nothing is computed, and `network` may be on the meta device itself.
+    Its floats count as 32-bit ones, whatever they are.
     """
     training = network.training
-    tensors = (
-        *network.named_parameters(remove_duplicate=False),
-        *network.named_buffers(remove_duplicate=False),
-    )
-    meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    meta = _on_meta(network)
     network.eval()
     try:
         with torch.no_grad():
@@ -56,6 +53,22 @@ def cost(network: nn.Module, resolution: int) -> Cost:
         network.train(training)
     params = sum(p.numel() for p in network.parameters())
     return Cost(recorder.macs, params, recorder.activation_bytes, recorder.peak_bytes(logits))
+
+
+def _on_meta(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of `network` without numbers.
+
+    Those of a layer that has two names are given once: `functional_call` would put its own back in place of
+    the layer's, where it is given both. Parameters that two layers share are given to both.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: torch.empty_like(
+            tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None
+        )
+        for prefix, module in network.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(t.is_meta for t in read) and not all(t.is_meta for t in read):
+            # what the network keeps or makes elsewhere, neither parameter nor buffer, has numbers
+            args, kwargs = tree_map(_without_numbers, (args, kwargs))
         # shape and type are known without the meta kernels of these, which take most of the time
         result: Any
         if func in _ACTIVATIONS:
@@ -99,7 +116,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if count is not None:
                 self.macs += count(args, written[0])
                 self.activation_bytes += _size(written[0])
-            self._note(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], written)
+            self._note(func, read, written)
         return result
 
     def _note(self, func: Any, read: list[Tensor], written: list[Tensor]) -> None:
@@ -131,6 +148,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return peak
 
 
+def _without_numbers(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -151,12 +172,26 @@ def _matrix_product(left: int) -> Callable[[tuple[Any, ...], Tensor], int]:
     return count
 
 
+def _summed_products(args: tuple[Any, ...], result: Tensor) -> int:
+    batch, _, inner = args[1].shape
+    return int(result.numel() * batch * inner)
+
+
+def _bilinear(args: tuple[Any, ...], result: Tensor) -> int:
+    return int(result.numel() * math.prod(args[1].shape[1:]))
+
+
 _MACS: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
     _aten.convolution.default: _convolution,
     _aten.addmm.default: _matrix_product(1),
     _aten.mm.default: _matrix_product(0),
     _aten.bmm.default: _matrix_product(0),
     _aten.baddbmm.default: _matrix_product(1),
+    _aten.addbmm.default: _summed_products,
+    _aten.mv.default: _matrix_product(0),
+    _aten.addmv.default: _matrix_product(1),
+    _aten.dot.default: _matrix_product(0),
+    _aten._trilinear.default: _bilinear,
 }
 
 _NORMALIZATION = {

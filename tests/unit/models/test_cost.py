@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,6 +61,86 @@ def test_macs_of_a_transposed_convolution_count_what_it_reads() -> None:
     assert cost(layer, 4).macs == 4 * 4 * 3 * 6 * 4
 
 
+class Applied(nn.Module):
+    """A function of the image, and of the layers that it is given."""
+
+    def __init__(self, function: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images, *self.layers)
+
+
+def tokens(images: Tensor) -> Tensor:
+    """The 16 pixels of an image of 4 x 4, as tokens (1, 16, 3)."""
+    return images.flatten(2).transpose(1, 2)
+
+
+PRODUCTS: dict[str, tuple[nn.Module, int]] = {
+    "a convolution in one dimension": (
+        Applied(lambda x, layer: layer(x.flatten(2)), nn.Conv1d(3, 6, 3, padding=1)),
+        16 * 9 * 6,
+    ),
+    "one in three": (Applied(lambda x, layer: layer(x[:, :, None]), nn.Conv3d(3, 6, 1)), 16 * 3 * 6),
+    "a padding given by name": (nn.Conv2d(3, 6, 3, padding="same"), 16 * 27 * 6),
+    "a transposed one in groups": (nn.ConvTranspose2d(3, 6, 2, stride=2, groups=3), 16 * 4 * 6),
+    "patches that are unfolded": (
+        Applied(lambda x, layer: layer(F.unfold(x, 3, padding=1).transpose(1, 2)), nn.Linear(27, 4)),
+        16 * 27 * 4,
+    ),
+    "a linear layer without a bias, on tokens": (
+        Applied(lambda x, layer: layer(tokens(x)), nn.Linear(3, 8, bias=False)),
+        16 * 3 * 8,
+    ),
+    "a bilinear layer": (
+        Applied(lambda x, layer: layer(tokens(x), tokens(x)), nn.Bilinear(3, 3, 5)),
+        16 * 5 * 3 * 3,
+    ),
+    "an LSTM": (
+        Applied(lambda x, layer: layer(tokens(x))[0], nn.LSTM(3, 5, batch_first=True)),
+        16 * 4 * 5 * (3 + 5),
+    ),
+    "a transformer's layer": (
+        Applied(
+            lambda x, embed, layer: layer(embed(tokens(x))),
+            nn.Linear(3, 8),
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        ),
+        16 * 3 * 8 + 4 * 16 * 8 * 8 + 2 * 16 * 16 * 8 + 2 * 16 * 8 * 16,
+    ),
+    "an outer product": (Applied(lambda x: torch.einsum("bchw,bdhw->bcd", x, x)), 3 * 3 * 16),
+    "a contraction": (Applied(lambda x: torch.tensordot(x, x, dims=([1], [1]))), 16 * 16 * 3),
+    "a batch of products, summed": (Applied(lambda x: torch.addbmm(x[0, 0], x[0], x[0])), 3 * 4 * 4 * 4),
+    "a matrix and a vector": (Applied(lambda x: x[0].flatten(1) @ x[0, 0].flatten()), 3 * 16),
+    "a vector added to both": (
+        Applied(lambda x: torch.addmv(x[0, :, 0, 0], x[0].flatten(1), x[0, 0].flatten())),
+        3 * 16,
+    ),
+    "two vectors": (Applied(lambda x: x.flatten() @ x.flatten()), 48),
+    "attention, causal": (
+        Applied(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)),
+        2 * 3 * 4 * 4 * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_macs_of_every_kind_of_product_are_their_closed_forms(name: str) -> None:
+    network, expected = PRODUCTS[name]
+    assert cost(network, 4).macs == expected
+
+
+def test_outputs_of_matrix_products_are_activations() -> None:
+    class Attention(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(images, images, images)
+
+    # for each channel 4 x 4 weights of attention, then 4 x 4 outputs
+    assert cost(Attention(), 4).activation_bytes == FLOAT * 3 * (16 + 16)
+
+
 def test_products_that_are_no_layers_count() -> None:
     tokens, channels = 16, 8
     expected = tokens * 3 * channels + 2 * tokens * tokens * channels + tokens * tokens * channels
@@ -67,7 +148,14 @@ def test_products_that_are_no_layers_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "resolution"), [("resnet10t", 32), ("vit_tiny_patch16_224", 32), ("tinynet_e", 32)]
+    ("name", "resolution"),
+    [
+        ("resnet10t", 32),
+        ("vit_tiny_patch16_224", 32),
+        ("tinynet_e", 32),
+        ("test_convnext", 32),
+        ("test_mambaout", 32),
+    ],
 )
 def test_macs_agree_with_the_counter_of_pytorch(name: str, resolution: int) -> None:
     size: dict[str, Any] = {"img_size": resolution, "depth": 2} if name.startswith("vit") else {}
@@ -177,6 +265,35 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     cost(network, 8)
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_counting_leaves_a_layer_that_has_two_names_as_it_was() -> None:
+    shared = nn.Conv2d(3, 3, 1)
+    network = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
+    found = cost(network, 4)
+    assert found.macs == 2 * 16 * 9
+    assert found.params == 12
+    assert not shared.weight.is_meta
+    assert not shared.weight.isnan().any()
+
+
+def test_tensors_that_are_neither_parameters_nor_buffers_are_no_obstacle() -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = torch.arange(3.0)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps: Tensor = images * self.scales.view(1, 3, 1, 1) + torch.linspace(0, 1, 4)
+            return maps.flatten(2) @ maps.flatten(2).mT
+
+    assert cost(Holding(), 4).macs == 3 * 3 * 16
+
+
+def test_weights_of_half_precision_cost_what_whole_ones_do() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = cost(network, 8)
+    assert cost(network.to(torch.bfloat16), 8) == expected
 
 
 def test_a_network_that_fails_is_left_in_training_as_it_was() -> None:
