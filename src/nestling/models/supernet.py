@@ -13,9 +13,10 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nestling.models.building import Build, build_shapes
+from nestling.models.building import Build, build_shapes, own_tables
 from nestling.models.kernels import compute_touching_part
-from nestling.models.lending import lend, lend_buffers
+from nestling.models.layouts import FindLayout, find_layout
+from nestling.models.lending import Cuts, lend, lend_buffers, plan_cuts
 from nestling.space import Arch, SearchSpace
 
 CACHED_SHAPES = 256
@@ -27,6 +28,8 @@ class _Borrower:
 
     network: nn.Module
     parameters: Mapping[str, Tensor]
+    cuts: Cuts
+    tables: Mapping[str, Tensor]
     has_buffers: bool
 
 
@@ -39,24 +42,40 @@ class Supernet(nn.Module):
     Args:
         space: the archs that can be run.
         build: makes the plain network of an arch.
+        layout: how the axes of an arch's network are made of parts.
+        largest: the network that lends, with its weights, such as a pretrained one, in place of a new
+            `build(space.largest)`; it is kept, not copied.
         dropout: probability before the classifier, for the largest network in training only.
         drop_path: probability with which the last residual branch is dropped (earlier ones less, linearly:
             Huang et al. 2016, arXiv 1603.09382), for the largest network in training only.
 
     Raises:
-        ValueError: dropout or drop_path is asked for, and the network has no place for it.
+        ValueError: dropout or drop_path is asked for, and the network has no place for it; or `largest` has
+            other tensors than the space's largest network.
     """
 
     def __init__(
-        self, space: SearchSpace, build: Build, *, dropout: float = 0.0, drop_path: float = 0.0
+        self,
+        space: SearchSpace,
+        build: Build,
+        *,
+        layout: FindLayout = find_layout,
+        largest: nn.Module | None = None,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.space = space
         self.build = build
+        self.layout = layout
         self.dropout = dropout
         self.drop_path = drop_path
-        self.largest = build(space.largest).to(memory_format=torch.channels_last)
+        if largest is not None:
+            _check_shapes(largest, build_shapes(build, space.largest))
+        network = build(space.largest) if largest is None else largest
+        self.largest = network.to(memory_format=torch.channels_last)
         self._largest_arch = space.largest
+        self._layout_of_largest = layout(self.largest, space.largest)
         self._borrowers: OrderedDict[Arch, _Borrower] = OrderedDict()
         self._borrower(self._largest_arch)
 
@@ -71,9 +90,10 @@ class Supernet(nn.Module):
             LendingError: the arch's network does not fit into the largest one.
         """
         borrower = self._borrower(arch)
-        lent = lend(_parameters(self.largest), borrower.parameters)
+        lent = lend(_parameters(self.largest), borrower.parameters, cuts=borrower.cuts)
         if borrower.has_buffers:
-            lent |= lend_buffers(dict(self.largest.named_buffers()), borrower.network)
+            lent |= lend_buffers(_buffers(self.largest), borrower.network, cuts=borrower.cuts)
+            lent |= {name: table.to(images.device) for name, table in borrower.tables.items()}
         images = at_resolution(images, arch)
         return functional_call(borrower.network, lent, (images,), tie_weights=False)  # type: ignore[no-any-return]
 
@@ -87,14 +107,17 @@ class Supernet(nn.Module):
             LendingError: the arch's network does not fit into the largest one.
         """
         network = build_shapes(self.build, arch)
-        lent = lend(_parameters(self.largest), dict(network.named_parameters()))
-        lent |= lend_buffers(dict(self.largest.named_buffers()), network)
+        large, shapes = _parameters(self.largest), _parameters(network)
+        cuts = self._cuts(network, arch)
+        lent = lend(large, shapes, cuts=cuts) | lend_buffers(_buffers(self.largest), network, cuts=cuts)
+        lent |= self._tables(network, arch)
         # by identity: a tensor that two layers share stays one
-        copies: dict[int, Tensor] = {
-            id(shape): nn.Parameter(_copy(lent[name]), requires_grad=shape.requires_grad)
-            for name, shape in network.named_parameters()
-        }
-        copies |= {id(shape): _copy(lent[name]) for name, shape in network.named_buffers()}
+        copies: dict[int, Tensor] = {}
+        for name, shape in shapes.items():
+            if id(shape) not in copies:
+                copies[id(shape)] = nn.Parameter(_copy(lent[name]), requires_grad=shape.requires_grad)
+        place = next((tensor.device for tensor in large.values()), torch.device("cpu"))
+        copies |= {id(shape): _copy(lent[name].to(place)) for name, shape in _buffers(network).items()}
         for module in network.modules():
             held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for tensors in held:
@@ -105,11 +128,14 @@ class Supernet(nn.Module):
         borrower = self._borrowers.get(arch)
         if borrower is None:
             network = build_shapes(self.build, arch)
+            cuts, tables = self._cuts(network, arch), self._tables(network, arch)
             _forget_statistics(network)
             compute_touching_part(network)
             if arch == self._largest_arch:
                 regularize(network, dropout=self.dropout, drop_path=self.drop_path)
-            borrower = _Borrower(network, _parameters(network), bool(list(network.buffers())))
+            borrower = _Borrower(
+                network, _parameters(network), cuts, tables, has_buffers=bool(list(network.buffers()))
+            )
             self._borrowers[arch] = borrower
             if len(self._borrowers) > CACHED_SHAPES:
                 self._borrowers.popitem(last=False)
@@ -117,6 +143,20 @@ class Supernet(nn.Module):
         if borrower.network.training != self.training:
             borrower.network.train(self.training)
         return borrower
+
+    def _cuts(self, network: nn.Module, arch: Arch) -> Cuts:
+        layouts = (self._layout_of_largest, self.layout(network, arch))
+        if not any(layouts):
+            return {}
+        large = _parameters(self.largest) | _buffers(self.largest)
+        return plan_cuts(large, _parameters(network) | _buffers(network), layouts=layouts)
+
+    def _tables(self, network: nn.Module, arch: Arch) -> Mapping[str, Tensor]:
+        """The buffers that are not weights; those of a largest network that was given are its own."""
+        if arch == self._largest_arch:
+            kept = network.state_dict().keys()
+            return {name: table for name, table in _buffers(self.largest).items() if name not in kept}
+        return own_tables(self.build, arch, network)
 
 
 def at_resolution(images: Tensor, arch: Arch) -> Tensor:
@@ -135,22 +175,70 @@ def regularize(network: nn.Module, *, dropout: float, drop_path: float) -> None:
         ValueError: the network has no place for one of them.
     """
     if dropout > 0:
-        if not isinstance(vars(network).get("drop_rate"), float | int):
-            raise ValueError(
-                f"dropout is {dropout}, but {type(network).__name__} has no drop_rate; set it to 0"
-            )
-        vars(network)["drop_rate"] = dropout
+        places = [m for name, m in network.named_modules() if name in _HEAD_DROPOUTS]
+        layers = [m for m in places if isinstance(m, nn.Dropout)]
+        for layer in layers:
+            layer.p = dropout
+        if not layers:
+            if not isinstance(vars(network).get("drop_rate"), float | int):
+                raise ValueError(
+                    f"dropout is {dropout}, but {type(network).__name__} has no place for it; set it to 0"
+                )
+            vars(network)["drop_rate"] = dropout
     if drop_path > 0:
-        blocks = [m for m in network.modules() if isinstance(m._modules.get("drop_path"), nn.Module)]
+        blocks = [(m, held) for m in network.modules() if (held := _drop_paths(m))]
         if not blocks:
             raise ValueError(f"drop_path is {drop_path}, but {type(network).__name__} has none; set it to 0")
-        for index, block in enumerate(blocks):
-            block.drop_path = DropPath(drop_path * index / max(len(blocks) - 1, 1))
+        for index, (block, held) in enumerate(blocks):
+            for name in held:
+                setattr(block, name, DropPath(drop_path * index / max(len(blocks) - 1, 1)))
+
+
+_HEAD_DROPOUTS = ("head_drop", "head.drop")
+"""timm's names of a dropout layer before the classifier; other networks read `drop_rate`."""
+
+
+def _drop_paths(block: nn.Module) -> list[str]:
+    """The names of `block`'s residual branches' stochastic depth; timm's ResNets hold None for none."""
+    names = ("drop_path", "drop_path1", "drop_path2")
+    held = vars(block) | block._modules
+    return [name for name in names if name in held and (held[name] is None or name in block._modules)]
 
 
 def _parameters(network: nn.Module) -> dict[str, Tensor]:
-    """By every name: a parameter that two layers share has two."""
-    return dict(network.named_parameters(remove_duplicate=False))
+    """By one name for each place that holds one: of a parameter that two layers share, two names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in network.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in network.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
+def _check_shapes(given: nn.Module, built: nn.Module) -> None:
+    """Refuses a given network that is not what the space's largest arch builds."""
+    given_shapes = {name: tuple(t.shape) for name, t in given.state_dict(keep_vars=True).items()}
+    built_shapes = {name: tuple(t.shape) for name, t in built.state_dict(keep_vars=True).items()}
+    wrong = [
+        f"{name} is {given_shapes.get(name, 'missing')}, not {built_shapes.get(name, 'there')}"
+        for name in (given_shapes | built_shapes)
+        if given_shapes.get(name) != built_shapes.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            "the network given as the largest is not the one that the space's largest arch builds: "
+            f"{'; '.join(wrong[:3])}{more}"
+        )
 
 
 def _copy(tensor: Tensor) -> Tensor:

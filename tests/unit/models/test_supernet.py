@@ -3,7 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
@@ -208,3 +210,102 @@ def test_shapes_are_built_once_for_an_arch_and_forgotten_when_there_are_too_many
         assert len(built) == 5  # the largest was in use all along
         supernet(images[:1, :, :1, :1], first)
         assert built[-1] == first
+
+
+class Indexed(nn.Module):
+    """Picks channels by a table that its constructor makes of the width."""
+
+    table: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 1)
+        self.register_buffer("table", torch.arange(width).flip(0), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.conv(images)
+        return maps[:, self.table].mean((2, 3))
+
+
+def test_a_subnet_has_the_tables_that_its_own_constructor_makes(images: Tensor) -> None:
+    space = SearchSpace("user", (Choice("width", (2, 3, 5)),))
+    supernet = Supernet(space, lambda arch: Indexed(arch.integer("width")))
+    for arch in space.walk():
+        network = supernet.materialize(arch)
+        assert network.get_buffer("table").tolist() == list(range(arch.integer("width")))[::-1]
+        with torch.no_grad():
+            assert torch.equal(supernet(images, arch), network(images))
+
+
+def test_a_network_that_is_given_lends_its_own_weights(space: SearchSpace, images: Tensor) -> None:
+    given = build(space.largest)
+    supernet = Supernet(space, build, largest=given)
+    assert supernet.largest is given
+    with torch.no_grad():
+        network = given.eval().to(memory_format=torch.channels_last)
+        assert torch.equal(supernet.materialize(space.largest)(images), network(images))
+
+
+def test_a_given_network_keeps_its_own_tables() -> None:
+    space = SearchSpace("user", (Choice("width", (2, 3)),))
+    given = Indexed(3)
+    given.table.copy_(torch.tensor([0, 0, 0]))
+    supernet = Supernet(space, lambda arch: Indexed(arch.integer("width")), largest=given)
+    assert supernet.materialize(space.largest).get_buffer("table").tolist() == [0, 0, 0]
+    assert supernet.materialize(space.smallest).get_buffer("table").tolist() == [1, 0]
+
+
+def test_a_given_network_of_other_shapes_is_refused_with_the_tensor(space: SearchSpace) -> None:
+    with pytest.raises(ValueError, match=r"conv_stem\.weight is \(8, 3, 3, 3\), not \(16, 3, 3, 3\)"):
+        Supernet(space, build, largest=build(space.smallest))
+
+
+TIMM: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32},
+    "convnext_atto": {"depths": (1, 1, 1, 2), "dims": (8, 8, 8, 8)},
+    "efficientnet_lite0": {},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_dropout_and_drop_path_reach_what_the_network_computes(name: str, images: Tensor) -> None:
+    network = timm.create_model(name, num_classes=5, **TIMM[name])
+    for parameter in network.parameters():
+        if parameter.ndim == 1:  # timm begins with residual branches that give nothing
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    images = F.interpolate(images, (32, 32))
+
+    def differs() -> bool:
+        with torch.no_grad():
+            return not torch.equal(network(images), network(images))
+
+    network.eval()
+    assert not differs()
+    network.train()
+    for asked in ({"dropout": 0.9, "drop_path": 0.0}, {"dropout": 0.0, "drop_path": 0.5}):
+        regularize(network, **asked)
+        assert differs(), asked
+        regularize(network, dropout=1e-9, drop_path=1e-9)
+        assert not differs(), asked
+
+
+class TwoNames(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 1)
+        self.again = self.conv
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.conv(images) * self.again(images)
+        return maps.mean((2, 3))
+
+
+def test_a_layer_with_two_names_gives_back_what_it_was_lent(images: Tensor) -> None:
+    space = SearchSpace("user", (Choice("width", (2, 4)),))
+    supernet = Supernet(space, lambda arch: TwoNames(arch.integer("width")))
+    for _ in range(2):
+        network = supernet.materialize(space.smallest)
+        with torch.no_grad():
+            assert torch.equal(supernet(images, space.smallest), network(images))
+            supernet.largest.get_parameter("conv.weight").add_(1)
