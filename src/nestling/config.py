@@ -73,6 +73,8 @@ class TrainConfig(Part):
     """Delayed shrinking: the part of the run in which the largest network learns alone."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 5.0
     """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1."""
+    sort_channels: bool = True
+    """Delayed shrinking: whether channels are sorted by importance before the subnets join."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Automatic mixed precision on CUDA; `auto` is bf16 where the GPU has it. Never on the CPU."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0

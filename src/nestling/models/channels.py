@@ -1,14 +1,8 @@
-"""Channels that must move together, and sorting them by importance without changing what a network computes.
-
-Once-for-all (Cai et al. 2020, arXiv 1908.09791) and DepS (Annavajjala et al. 2024, arXiv 2407.06167) sort
-the channels of the trained largest network once, so that the leading channels, which smaller networks use,
-are the important ones.
-"""
+"""Channels that must move together, found by following a network's data flow."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 Axis = tuple[str, int]
 """A tensor's name in the network's state, and one of its axes."""
@@ -33,6 +27,10 @@ _CHANNELWISE_CALLS: set[Any] = {
 _POOL_CALLS: set[Any] = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
 _CHANNELWISE_METHODS = {"sigmoid", "relu", "tanh", "contiguous", "clamp", "hardtanh"}
 _ELEMENTWISE_PAIRS = {operator.add, operator.mul, operator.iadd, operator.imul, torch.add, torch.mul}
+
+
+class Unsortable(ValueError):  # noqa: N818 it says what the network is
+    """A network whose groups of channels cannot be found; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,52 +55,19 @@ def channel_groups(network: nn.Module) -> tuple[ChannelGroup, ...]:
     convolution, the input, the output) is left out: it keeps its place.
 
     Raises:
-        torch.fx.proxy.TraceError: the network's control flow depends on its input.
+        Unsortable: the data flow cannot be followed, for instance where it depends on the input.
     """
-    graph = _Tracer().trace(network)
+    try:
+        graph = _Tracer().trace(network)
+    except Exception as error:  # whatever a forward does with a stand-in for its images
+        raise Unsortable(
+            f"the channels of {type(network).__name__} cannot be sorted: its data flow cannot be followed "
+            f"({type(error).__name__}: {error})"
+        ) from error
     flow = _Flow(network)
     for node in graph.nodes:
         flow.visit(node)
     return flow.groups()
-
-
-def importance_order(state: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
-    """The group's channels from most to least important: by the L1 norm of the weights that read them."""
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for name, axis in group.readers:
-        weight = state[name].detach()
-        total += weight.abs().double().sum(dim=[a for a in range(weight.ndim) if a != axis]).cpu()
-    return torch.argsort(total, descending=True, stable=True)
-
-
-def sort_channels(network: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Sorts `network`'s channels by importance, in place; returns how many groups were sorted.
-
-    What the network computes stays the same up to the order of sums. The optimizer's momenta are permuted
-    alongside their parameters, so that the next step continues where the last one stopped.
-
-    Raises:
-        torch.fx.proxy.TraceError: the network's control flow depends on its input.
-    """
-    groups = channel_groups(network)
-    state: dict[str, Tensor] = dict(network.named_parameters())
-    parameters = dict(state)
-    state.update(network.named_buffers())
-    orders = [importance_order(state, group) for group in groups]
-    with torch.no_grad():
-        for group, order in zip(groups, orders, strict=True):
-            for name, axis in group.axes:
-                _permute(state[name], order, axis)
-                if optimizer is not None and name in parameters:
-                    momenta: MutableMapping[str, Any] = optimizer.state.get(parameters[name], {})
-                    for value in momenta.values():
-                        if isinstance(value, Tensor) and value.shape == state[name].shape:
-                            _permute(value, order, axis)
-    return len(groups)
-
-
-def _permute(tensor: Tensor, order: Tensor, axis: int) -> None:
-    tensor.copy_(tensor.index_select(axis, order.to(tensor.device)))
 
 
 class _Tracer(fx.Tracer):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nestling.config import TrainConfig
 from nestling.data import Batch
-from nestling.models.channels import channel_groups, sort_channels
+from nestling.models.channels import channel_groups
+from nestling.models.sorting import sort_channels
 from nestling.models.supernet import Supernet
 from nestling.run import write_atomically
 from nestling.space import Arch
@@ -107,8 +108,7 @@ def train(
         TrainingStopped: a loss or a weight is not a number, or the loss runs away; the last good checkpoint
             is kept.
         CheckpointError: there are checkpoints, and none is whole.
-        torch.fx.proxy.TraceError: the strategy sorts channels, and the network's control flow depends on its
-            input.
+        Unsortable: the strategy sorts channels, and the network's data flow cannot be followed.
     """
     per_epoch = stream.steps_per_epoch(batch_size)
     steps = max(1, round(config.epochs * per_epoch))

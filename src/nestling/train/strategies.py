@@ -86,12 +86,14 @@ class DelayedShrinking:
     every step is a sandwich in which the weight of all but the largest rises linearly from 0 to 1 over
     `ramp_epochs`. The paper states the ramp as an effective learning rate of the subnets; as the learning
     rate hardly changes in a few epochs, that is this weight. Published with the switch at 54 % of 270 epochs
-    and a ramp of 5.
+    and a ramp of 5. Without `sort_channels` they keep their places, as those of a network do that was sorted
+    before, or cannot be.
     """
 
     switch: float = 0.5
     ramp_epochs: float = 5.0
     random_subnets: int = 2
+    sort_channels: bool = True
 
     def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
         """The largest alone before the switch, a sandwich with rising weight after it."""
@@ -104,7 +106,7 @@ class DelayedShrinking:
 
     def sorts_channels(self, progress: Progress) -> bool:
         """At the switch."""
-        return progress.step == self._first_shrinking_step(progress)
+        return self.sort_channels and progress.step == self._first_shrinking_step(progress)
 
     def _first_shrinking_step(self, progress: Progress) -> int:
         return round(self.switch * progress.steps)
@@ -115,7 +117,10 @@ def make_strategy(config: TrainConfig) -> Strategy:
     if config.strategy == "sandwich":
         return Sandwich(random_subnets=config.random_subnets)
     return DelayedShrinking(
-        switch=config.switch, ramp_epochs=config.ramp_epochs, random_subnets=config.random_subnets
+        switch=config.switch,
+        ramp_epochs=config.ramp_epochs,
+        random_subnets=config.random_subnets,
+        sort_channels=config.sort_channels,
     )
 
 

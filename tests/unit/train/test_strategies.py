@@ -75,3 +75,10 @@ def test_the_strategy_is_the_one_that_the_configuration_names() -> None:
 def test_progress_is_told_in_epochs_and_as_a_fraction() -> None:
     progress = Progress(step=15, steps=60, steps_per_epoch=10)
     assert (progress.epoch, progress.fraction) == (1.5, 0.25)
+
+
+def test_channels_that_are_not_to_be_sorted_never_are() -> None:
+    progress = Progress(step=40, steps=100, steps_per_epoch=10)
+    assert DelayedShrinking(switch=0.4).sorts_channels(progress)
+    assert not DelayedShrinking(switch=0.4, sort_channels=False).sorts_channels(progress)
+    assert not make_strategy(TrainConfig(sort_channels=False, switch=0.4)).sorts_channels(progress)
