@@ -29,7 +29,7 @@ from typing import Any
 from nestling.space.arch import Choice, Need, Value
 from nestling.space.search_space import SearchSpace, SpaceError
 
-_TOLD = ("family", "title", "source", "stages", "choices")
+_TOLD = ("family", "title", "source", "published", "stages", "choices")
 _NEVER_PER_BLOCK = ("depth", "stride", "width", "block")
 
 
@@ -57,17 +57,11 @@ def save_space(space: SearchSpace, path: Path) -> None:
     Raises:
         OSError: the file could not be written; the one that was there still is.
     """
-    lines = [f"family = {_toml(space.family)}", "", "choices = ["]
-    for choice in space.choices:
-        needs = ", ".join(f"{{ choice = {_toml(n.choice)}, at_least = {n.at_least} }}" for n in choice.needs)
-        tail = f", needs = [{needs}]" if needs else ""
-        values = ", ".join(_toml(value) for value in choice.values)
-        lines.append(f"  {{ name = {_toml(choice.name)}, values = [{values}]{tail} }},")
-    lines.append("]")
+    content = space_toml(space)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -75,6 +69,17 @@ def save_space(space: SearchSpace, path: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def space_toml(space: SearchSpace) -> str:
+    """`space` as a file that `load_space` reads, its choices spelled out one by one."""
+    lines = [f"family = {_toml(space.family)}", "", "choices = ["]
+    for choice in space.choices:
+        needs = ", ".join(f"{{ choice = {_toml(n.choice)}, at_least = {n.at_least} }}" for n in choice.needs)
+        tail = f", needs = [{needs}]" if needs else ""
+        values = ", ".join(_toml(value) for value in choice.values)
+        lines.append(f"  {{ name = {_toml(choice.name)}, values = [{values}]{tail} }},")
+    return "\n".join([*lines, "]", ""])
 
 
 def _space(content: Mapping[str, Any]) -> SearchSpace:
