@@ -36,6 +36,7 @@ ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"profile"},
     "onnx": {"export", "quant.qdq"},
     "timm": {"models"},
+    "torch_pruning": {"models.convert"},
     "typer": {"cli"},
     "click": {"cli"},
     "rich": {"console"},
