@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from nestling.config import load_config
 from nestling.models.building import build_shapes
 from nestling.models.families import family
+from nestling.models.soundness import check
 from nestling.space import load_space
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +56,27 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_the_walk_through_of_your_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (ROOT / "docs" / "your_network.md").read_text()
+    module, usage = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    (toml,) = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "my_network.py").write_text(module)
+    (tmp_path / "my_space.toml").write_text(toml)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    exec(usage, names)
+    assert names["network"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+    space = load_space(tmp_path / "my_space.toml").with_constants({"classes": 10})
+    users = family(space.family)
+    check(space, users.build, layout=users.layout)
+    assert space.only({"resolution": [32]}).size == names["space"].size
+
+
+def test_a_function_of_the_walk_through_has_twenty_lines() -> None:
+    document = (ROOT / "docs" / "your_network.md").read_text()
+    first = re.findall(r"```python\n(.*?)```", document, re.DOTALL)[0]
+    assert len(first.splitlines()) <= 21

@@ -13,14 +13,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nestling import pipeline
 from nestling.config import ConfigError, RunConfig, load_config
+from nestling.models.families import family as family_of
 from nestling.pipeline.stages import problem
 from nestling.run import RunError
 from nestling.search import load_result
-from nestling.space import SpaceError
+from nestling.space import SpaceError, load_space
 
 TOY = Path(__file__).parent / "toy.toml"
 
@@ -262,3 +263,129 @@ def test_the_report_shows_every_member_and_links_files_that_exist(finished: Path
         assert f"exports/{member['name']}/model.onnx" in page
         assert (finished / "exports" / member["name"] / "model.onnx").exists()
     assert (finished / "front.png").stat().st_size > 1000
+
+
+def _with_space(config: RunConfig, path: Path, content: str) -> RunConfig:
+    path.write_text(content)
+    changed = {
+        "space": str(path),
+        "train": config.train.model_copy(
+            update={"epochs": 1.0, "warmup_epochs": 0.0, "lr": 0.01, "sort_channels": False}
+        ),
+        "search": config.search.model_copy(update={"objectives": ("top1", "mmacs"), "trials": 5}),
+    }
+    return config.model_copy(update=changed)
+
+
+def _rebuilt(folder: Path) -> torch.nn.Module:
+    names: dict[str, Any] = {"__file__": str(folder / "rebuild.py")}
+    source = (folder / "rebuild.py").read_text()
+    assert "nestling" not in source
+    exec(source, names)
+    network: torch.nn.Module = names["network"]
+    return network
+
+
+SPACES = {
+    "timm": """
+family = "timm"
+model = "test_vit"
+resolution = [8, 16]
+patch_size = 4
+depth = [1, 2]
+mlp_ratio = [2.0, 3.0]
+"blocks.precision" = ["w8a8", "fp32"]
+""",
+    "convert": """
+family = "convert"
+model = "test_resnet"
+traced_at = 16
+resolution = [8, 16]
+"layer2.0.conv1.width" = [24, 32, 48]
+"layer3.0.conv2.width" = [24, 48]
+"layer1.precision" = ["w8a8", "fp32"]
+""",
+}
+
+
+@pytest.mark.parametrize("family", SPACES)
+def test_a_timm_model_is_searched_without_code_and_handed_over_plain(
+    config: RunConfig, family: str, tmp_path: Path
+) -> None:
+    changed = _with_space(config, tmp_path / "space.toml", SPACES[family])
+    folder = tmp_path / "run"
+    members, _ = pipeline.run_all(changed, folder, listener=pipeline.Silent())
+    bench = pipeline.open_run(folder)
+    result = load_result(problem(bench), storage=bench.run.study_file, name="nestling")
+    bench.close()
+    assert [trial.reason for trial in result.failed] == []
+    precisions = {value for t in result.complete for k, value in t.arch.items() if k.endswith("precision")}
+    assert precisions == {"w8a8", "fp32"}
+    for member in members:
+        exported = folder / "exports" / member["name"]
+        network = _rebuilt(exported)
+        images, _ = _test_images(folder, member["resolution"])
+        with torch.no_grad():
+            expected = network(torch.from_numpy(images[:4])).numpy()
+        session = _session(exported / ("model_fp32.onnx" if member["quantized"] else "model.onnx"))
+        got = np.concatenate([session.run(None, {"images": image[None]})[0] for image in images[:4]])
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", SPACES)
+def test_the_largest_network_of_a_run_has_the_pretrained_weights(
+    config: RunConfig, family: str, tmp_path: Path
+) -> None:
+    content = SPACES[family]
+    space = load_space(_written(tmp_path / "bare.toml", content)).with_constants({"classes": 10})
+    timm_network = family_of(space.family).build(space.largest).eval()
+    save_file(timm_network.state_dict(), tmp_path / "weights.safetensors")
+    weights = f'pretrained = "{tmp_path / "weights.safetensors"}"\n'
+    changed = _with_space(config, tmp_path / "space.toml", content.replace("model =", f"{weights}model ="))
+    bench = pipeline.prepare(changed, tmp_path / "run", listener=pipeline.Silent())
+    bench.close()
+    supernet = bench.new_supernet()
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = timm_network.to(memory_format=torch.channels_last)(images)
+        assert torch.equal(supernet.materialize(supernet.space.largest)(images), wanted)
+    pipeline.train_supernet(bench, listener=pipeline.Silent())
+    (tmp_path / "weights.safetensors").unlink()  # a trained run needs them no more
+    assert pipeline.open_run(tmp_path / "run").supernet is not None
+    with pytest.raises(ConfigError, match=r"pretrained = '.*weights\.safetensors' names cannot be had"):
+        pipeline.prepare(changed, tmp_path / "anew", listener=pipeline.Silent())
+
+
+def test_a_network_whose_channels_cannot_be_sorted_is_refused_with_what_would_do(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    changed = _with_space(config, tmp_path / "space.toml", SPACES["timm"])
+    train = changed.train.model_copy(update={"sort_channels": True})
+    with pytest.raises(ConfigError, match=r"VisionTransformer cannot be sorted.*set train\.sort_channels to"):
+        pipeline.prepare(
+            changed.model_copy(update={"train": train}), tmp_path / "run", listener=pipeline.Silent()
+        )
+
+
+def _written(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('family = "mobilenet"\npretrained = true\nstem.width = 8\nhead.width = 8\nstages = [{width=8}]\n',
+         "the family 'mobilenet' knows no pretrained weights"),
+        ('family = "timm"\nmodel = "resnet81"\n', "resnet81"),
+        ('family = "timm"\nmodel = "test_resnet"\n"layers.0" = [1, 2]\nstem = [1, 2]\n', "stem"),
+        ('family = "nowhere.to_be:found"\nwidth = 3\n', "cannot be imported"),
+        (SPACES["convert"].replace("[24, 48]", "[24, 480]"), "480"),
+    ],
+)  # fmt: skip
+def test_a_space_that_lends_wrongly_is_refused_before_training(
+    config: RunConfig, tmp_path: Path, content: str, message: str
+) -> None:
+    changed = _with_space(config, tmp_path / "space.toml", content)
+    with pytest.raises((ConfigError, SpaceError), match=message):
+        pipeline.prepare(changed, tmp_path / "run", listener=pipeline.Silent())

@@ -163,20 +163,49 @@ def profile(
 @app.command()
 def space(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A space, such as search_spaces/mobilenet_digits.toml.")
-    ],
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A space, such as search_spaces/mobilenet_digits.toml."),
+    ] = None,
+    axes: Annotated[bool, typer.Option("--axes", help="Print what each choice governs.")] = False,
+    timm: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Propose a space of a timm model: a file, on stdout."),
+    ] = None,
+    convert: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The same, of the channels and blocks that a timm model has."),
+    ] = None,
     classes: Annotated[
         int, typer.Option(min=1, help="Classes, where the space leaves them to the data.")
     ] = 1000,
-    resolution: Annotated[int, typer.Option(min=8, help="Resolution, where the space has none.")] = 224,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=8, help="Resolution, where the space has none. [default: 224]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a space's size, its choices, and the cost of its smallest and largest network."""
+    """Print a space's size, its choices and the cost of its extremes; or propose a space."""
+    if sum(given is not None for given in (file, timm, convert)) != 1:
+        raise typer.BadParameter("give one of FILE, --timm MODEL and --convert MODEL")
+    if file is None:
+        if axes or as_json:
+            raise typer.BadParameter("--axes and --json are for a space FILE")
+        from nestling import pipeline
+
+        if timm is not None:
+            print(pipeline.propose_space(timm, classes=classes, resolution=resolution), end="")
+        else:
+            print(pipeline.convert_space(str(convert), classes=classes, resolution=resolution), end="")
+        return
     from nestling.space import load_space
 
     load_space(file)  # a slip in the file is told before the heavy imports
     from nestling import console, pipeline
 
+    if axes:
+        found = pipeline.space_axes(file, classes=classes, resolution=resolution)
+        print(json.dumps(found.to_json(), indent=2) if as_json else found)
+        return
     summary = pipeline.space_summary(file, classes=classes, resolution=resolution)
     if as_json:
         print(json.dumps(summary, indent=2))

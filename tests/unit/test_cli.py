@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nestling.space import load_space
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,6 +52,10 @@ def test_help_lists_every_command() -> None:
         (("run", "configs/demo.toml", "--output", "nowhere", "--resume"), 2, "holds no run"),
         (("report", "nowhere"), 2, "holds no run"),
         (("space", "nowhere.toml"), 2, "no space file"),
+        (("space",), 2, "give one of FILE, --timm MODEL and --convert MODEL"),
+        (("space", "--timm", "resnet18", "--axes"), 2, "--axes and --json are for a space FILE"),
+        (("space", "--timm", "resnet81"), 2, "timm has no model 'resnet81'; did you mean"),
+        (("space", "--convert", "resnet81"), 2, "timm has no model 'resnet81'; did you mean"),
         (("frobnicate",), 2, "No such command"),
         (("profile", "nowhere.onnx"), 3, "nowhere.onnx"),
         (("profile", "nowhere.onnx", "--device", "ort:gpu"), 3, "ort:gpu"),
@@ -61,6 +67,20 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: tuple[str, ...], cod
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (ROOT / "nowhere").exists()
+
+
+def test_what_each_choice_governs_is_a_table_or_json() -> None:
+    done = _nestling("space", "search_spaces/mobilenet_digits.toml", "--axes", "--classes", "10", "--json")
+    rows = {row["choice"]: row for row in json.loads(done.stdout)}
+    assert "conv_stem.weight[0]" in rows["stem.width"]["axes"]
+    assert rows["s3.depth"]["vanishing"]
+
+
+def test_a_proposed_space_can_be_loaded_as_it_is_printed(tmp_path: Path) -> None:
+    for option, model in (("--timm", "test_convnext"), ("--convert", "test_resnet")):
+        path = tmp_path / f"{model}.toml"
+        path.write_text(_nestling("space", option, model, "--resolution", "32").stdout)
+        assert load_space(path).size > 1000
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:

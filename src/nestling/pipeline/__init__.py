@@ -1,7 +1,7 @@
 """The stages of a run in their order: the only code that knows them all."""
 
 from nestling.pipeline.forecast import Forecast
-from nestling.pipeline.lookup import find_arch, space_summary
+from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
 from nestling.pipeline.stages import (
     Listener,
     Silent,
@@ -30,14 +30,17 @@ __all__ = [
     "TrainingProgress",
     "TrainingRecord",
     "Trial",
+    "convert_space",
     "export_arch",
     "export_front",
     "find_arch",
     "make_report",
     "open_run",
     "prepare",
+    "propose_space",
     "run_all",
     "search_supernet",
+    "space_axes",
     "space_summary",
     "train_supernet",
 ]

@@ -54,7 +54,7 @@ def export_members(
             + (f"; reasons of failed ones: {failed}" if failed else "; loosen search.limits")
         )
     chosen = spread_along_front(result, bench.config.export.members)
-    for old in bench.run.exports.glob("[0-9][0-9]-*"):
+    for old in list(bench.run.exports.glob("[0-9][0-9]-*")):  # a folder is not read while it changes
         shutil.rmtree(old)
     members = []
     for number, trial in enumerate(chosen, start=1):

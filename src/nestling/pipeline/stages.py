@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nestling.config import ConfigError, RunConfig, override_config
+from nestling.config import ConfigError, RunConfig, TrainConfig, override_config
 from nestling.models.building import build_shapes
+from nestling.models.channels import Unsortable, channel_groups
 from nestling.models.cost import cost
+from nestling.models.supernet import Supernet
 from nestling.pipeline.candidate import (
     candidate_metrics,
     latency_metrics,
@@ -114,7 +116,7 @@ def prepare(config: RunConfig, folder: Path, *, listener: Listener) -> Workbench
     try:
         _refuse_early(bench)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
     bench.run.write_json("data.json", data_facts(bench))
     listener.note(f"device: {bench.device.fingerprint}")
     return bench
@@ -129,15 +131,29 @@ def _refuse_early(bench: Workbench) -> None:
     """
     config, space = bench.config, bench.space
     given = load_space(Path(config.space)) if Path(config.space).exists() else space
-    if given.with_constants({"classes": len(bench.data.classes)}) != space:
+    if bench.fitted(given) != space:
         raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
     found = problem(bench)
     check_sampler(config.search.sampler, found, population=config.search.population)
-    bench.new_supernet()
+    _refuse_unsortable(bench.new_supernet(), config.train)
     for arch in (space.smallest, space.largest):
         quant_policy(bench, arch)
     smallest = cost(build_shapes(bench.family.build, space.smallest), bench.resolution(space.smallest))
     check_limits(found, smallest={"mmacs": smallest.macs / 1e6})
+
+
+def _refuse_unsortable(supernet: Supernet, config: TrainConfig) -> None:
+    """Refuses a network whose channels are to be sorted and cannot be.
+
+    Raises:
+        ConfigError: the network's data flow cannot be followed.
+    """
+    if config.strategy != "delayed-shrinking" or not config.sort_channels:
+        return
+    try:
+        channel_groups(supernet.largest)
+    except Unsortable as error:
+        raise ConfigError(f"{error}; set train.sort_channels to false") from error
 
 
 def open_run(folder: Path, *, overrides: Sequence[str] = ()) -> Workbench:
@@ -248,7 +264,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     for told in result.unmet:
         listener.note(told)
     front = {trial.arch.key for trial in result.front}
-    for file in (bench.run.folder / "candidates").glob("*.onnx"):
+    for file in list((bench.run.folder / "candidates").glob("*.onnx")):
         if file.stem not in front:
             file.unlink()
     return result
@@ -268,7 +284,12 @@ def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]
         raise RunError(f"{bench.run.folder} was not searched yet; `nestling search` does that")
     done = bench.run.read_json("members.json")
     chosen = [trial.arch.key for trial in spread_along_front(result, bench.config.export.members)]
-    if done is not None and [member["arch_key"] for member in done] == chosen:
+    there = {folder.name for folder in bench.run.exports.glob("[0-9][0-9]-*")}
+    if (
+        done is not None
+        and [member["arch_key"] for member in done] == chosen
+        and {member["name"] for member in done} == there
+    ):
         listener.note("the front is exported already")
         return list(done)
     with _timed(bench, "export"):

@@ -14,9 +14,10 @@ from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet
+from nestling.pipeline.checking import check_space
 from nestling.profile import Device, MeasurementStore, connect
 from nestling.run import Run, RunError
-from nestling.space import Arch, SearchSpace, load_space, save_space
+from nestling.space import Arch, SearchSpace, Value, load_space, save_space
 from nestling.train.checkpoint import load_checkpoint
 from nestling.train.loop import restore
 
@@ -65,16 +66,28 @@ class Workbench:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """The search space, with the number of classes that the data has."""
-        space = self._bare_space.with_constants({"classes": len(self.data.classes)})
+        """The search space, with the number of classes that the data has, and its size of images if need be.
+
+        Raises:
+            SpaceError: the space lends wrongly.
+        """
+        space = self.fitted(self._bare_space)
         if not self.run.space_file.exists():
+            check_space(space, self.family)
             save_space(space, self.run.space_file)
         return space
+
+    def fitted(self, space: SearchSpace) -> SearchSpace:
+        """`space` with what comes from the data: `classes`, and `resolution` where it has none."""
+        constants: dict[str, Value] = {"classes": len(self.data.classes)}
+        if "resolution" not in space.by_name:
+            constants["resolution"] = self.data.size
+        return space.with_constants(constants)
 
     @cached_property
     def family(self) -> Family:
         """How the space's networks are built."""
-        return family(self.space.family)
+        return family(self._bare_space.family)
 
     @cached_property
     def torch_device(self) -> torch.device:
@@ -100,11 +113,39 @@ class Workbench:
         """The folder of the training's checkpoints and records."""
         return self.run.folder / "training"
 
-    def new_supernet(self) -> Supernet:
-        """The untrained supernet; its initial weights depend on the run's seed alone."""
+    def new_supernet(self, *, pretrained: bool = True) -> Supernet:
+        """The supernet before training: its weights depend on the run's seed alone, or are pretrained ones.
+
+        With `pretrained` false they never are: where others are loaded next, there need be none.
+
+        Raises:
+            ConfigError: the space asks for pretrained weights that its family does not have, or that cannot
+                be read.
+        """
         torch.manual_seed(self.config.seed)
-        config = self.config.train
-        supernet = Supernet(self.space, self.family.build, dropout=config.dropout, drop_path=config.drop_path)
+        config, family, largest = self.config.train, self.family, self.space.largest
+        given = None
+        if pretrained and largest.get("pretrained", False):
+            if family.pretrained is None:
+                raise ConfigError(
+                    f"pretrained is {largest['pretrained']!r}, but the family {self.space.family!r} knows no "
+                    "pretrained weights; the families timm and convert do"
+                )
+            try:
+                given = family.pretrained(largest)
+            except Exception as error:  # a hub, a file, a network of the user's: all of it can fail
+                raise ConfigError(
+                    f"the weights that pretrained = {largest['pretrained']!r} names cannot be had: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        supernet = Supernet(
+            self.space,
+            family.build,
+            layout=family.layout,
+            largest=given,
+            dropout=config.dropout,
+            drop_path=config.drop_path,
+        )
         return supernet.to(self.torch_device)
 
     @cached_property
@@ -119,7 +160,7 @@ class Workbench:
         checkpoint = load_checkpoint(self.checkpoints)
         if checkpoint is None:
             raise RunError(f"{self.checkpoints} holds no checkpoint")
-        supernet = self.new_supernet()
+        supernet = self.new_supernet(pretrained=False)
         restore(supernet, checkpoint)
         return supernet.eval()
 
@@ -172,7 +213,7 @@ class Workbench:
 
     def resolution(self, arch: Arch) -> int:
         """The side of the images that `arch` reads, in pixels."""
-        return arch.integer("resolution") if "resolution" in arch else self.data.size
+        return arch.integer("resolution")
 
 
 def even_batch(count: int, *, at_most: int) -> int:

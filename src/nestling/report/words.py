@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 
 from nestling.report.content import Member, ReportContent, TriedArch
@@ -84,17 +85,24 @@ def tips(content: ReportContent) -> dict[str, str]:
     return said
 
 
+_STAGE = re.compile(r"s\d+|stem|embed|head|se")
+
+
 def by_stage(decisions: Mapping[str, Value], *, idle: Container[str]) -> dict[str, dict[str, str]]:
     """Stage to kind to its value in words, idle choices left out; blocks are put together under their stage.
 
-    `s1.b1.kernel` = 3 and `s1.b2.kernel` = 5 give `{"s1": {"kernel": "3, 5"}}`. A bare name has the stage "".
+    `s1.b1.kernel` = 3 and `s1.b2.kernel` = 5 give `{"s1": {"kernel": "3, 5"}}`. A bare name has the stage "",
+    and so have the dotted names of a family without stages, such as `layer1.0.conv1.width`.
     """
     stages: dict[str, dict[str, list[str]]] = {}
     for name, value in decisions.items():
-        stage, dot, rest = name.partition(".")
-        kinds = stages.setdefault(stage if dot else "", {})
+        stage, _, kind = name.rpartition(".")
+        stage = stage.partition(".")[0]
+        if not _STAGE.fullmatch(stage):
+            stage, kind = "", name
+        kinds = stages.setdefault(stage, {})
         if name not in idle:
-            kinds.setdefault(rest.rpartition(".")[2] if dot else name, []).append(str(value))
+            kinds.setdefault(kind, []).append(str(value))
     return {stage: {kind: ", ".join(said) for kind, said in kinds.items()} for stage, kinds in stages.items()}
 
 

@@ -19,7 +19,7 @@ from nestling.report.markdown import front_markdown
 from nestling.report.picture import front_png
 from nestling.report.words import by_stage, headline, member_numbers
 from nestling.search import Objective
-from nestling.space import Choice
+from nestling.space import Choice, Value
 
 EMPTY = ReportContent("Nothing", "2026-11-21", "nestling run x.toml")
 HOSTILE = """</script></style><img src=x onerror=alert(1)>"'&<b>$|`\n"""
@@ -209,6 +209,14 @@ def test_blocks_are_said_together_and_idle_choices_are_not(content: ReportConten
     assert by_stage(large.decisions, idle=content.idle(large.decisions)) == {
         "": {"resolution": "32"},
         "s1": {"width": "32", "depth": "2", "kernel": "5, 3"},
+    }
+
+
+def test_choices_of_a_family_without_stages_keep_their_whole_names() -> None:
+    decisions: dict[str, Value] = {"depths.2": 3, "layer1.0.conv1.width": 16, "stem.width": 8, "model": "a"}
+    assert by_stage(decisions, idle=()) == {
+        "": {"depths.2": "3", "layer1.0.conv1.width": "16", "model": "a"},
+        "stem": {"width": "8"},
     }
 
 
