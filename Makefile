@@ -30,6 +30,10 @@ fmt: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lending_overhead.py
 	$(BIN)/python benchmarks/kill_resume.py
+	$(BIN)/python benchmarks/arch_switch.py
+	$(BIN)/python benchmarks/cost_counter.py
+	$(BIN)/python benchmarks/timm_sweep.py
+	$(BIN)/python benchmarks/convert_sweep.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

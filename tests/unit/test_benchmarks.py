@@ -19,7 +19,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("kill_resume", "lending_overhead", "verify_export")
+NAMES = (
+    "arch_switch", "convert_sweep", "cost_counter", "kill_resume", "lending_overhead", "timm_sweep",
+    "verify_export",
+)  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
 Load = Callable[[str], ModuleType]
@@ -42,6 +45,20 @@ def good_figures(name: str) -> dict[str, Any]:
     kill = {"worker_ended": True}
     if name == "lending_overhead":
         return {"sizes": {"32": size(1.02, 1.05, 0.4), "128": size(1.01, 1.09, 0.7)}}
+    if name == "arch_switch":
+        milliseconds = {"build": 9.0, "lend": 2.0, "materialize": 20.0, "build plainly": 200.0}
+        timed = {"milliseconds": {step: [ms, ms] for step, ms in milliseconds.items()}}
+        return {"spaces": {"once-for-all": timed}}
+    if name == "convert_sweep":
+        held: dict[str, Any] = {"failed": [], "smallest_macs": 0.2}
+        kinds = {"cnn": 20, "vit": 5}
+        return {"models": {f"{k}{i}": {"kind": k, **held} for k, n in kinds.items() for i in range(n)}}
+    if name == "cost_counter":
+        return {"models": {"a": {"macs": 100, "counted_macs": 100, "params": 7, "counted_params": 7}}}
+    if name == "timm_sweep":
+        row = {"full_size": True, "elastic": ["a", "b"], "subnets": 5, "subnet_differences": [0.0]}
+        row |= {"full_size_difference": 0.0}
+        return {"rows": [{**copy.deepcopy(row), "name": f"n{i}", "family": f"f{i % 30}"} for i in range(60)]}
     if name == "verify_export":
         file = {"name": "01-a", "same_file": True, "images": 9, "correct": 7, "fp32_difference": 1e-6}
         file |= {"reported_images": 9, "reported_correct": 7}
@@ -75,6 +92,17 @@ BAD: list[tuple[str, Edit]] = [
     ("lending_overhead", change("sizes", "128", "ratios", "sandwich", "median", to=1.11)),
     ("lending_overhead", change("sizes", "32", "ratios", "sandwich / channels-first", "median", to=0.61)),
     ("lending_overhead", change("sizes", "32", "ratios", "largest", "median", to=float("nan"))),
+    ("arch_switch", change("spaces", "once-for-all", "milliseconds", "materialize", to=[25.0, 25.0])),
+    ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[5.0, 5.0])),
+    ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[float("nan")] * 2)),
+    ("convert_sweep", change("models", "cnn0", "failed", to=["differs"])),
+    ("convert_sweep", change("models", "vit4", "failed", to=["differs"])),
+    ("cost_counter", change("models", "a", "macs", to=101)),
+    ("cost_counter", change("models", "a", "params", to=6)),
+    ("cost_counter", change("models", "a", "macs", to=float("nan"))),
+    ("timm_sweep", change("rows", 0, "full_size", to=False)),
+    ("timm_sweep", change("rows", 0, "full_size_difference", to=1e-3)),
+    ("timm_sweep", change("rows", 0, "subnet_differences", to=[0.0, 1e-3])),
     ("verify_export", change("files", 0, "correct", to=6)),
     ("verify_export", change("files", 0, "images", to=8)),
     ("verify_export", change("files", 0, "same_file", to=False)),
@@ -109,7 +137,7 @@ def test_help_tells_what_is_claimed(name: str, load: Load, capsys: pytest.Captur
         load(name).main(["--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert "Claims" in said
+    assert "Claim" in said
     assert "--stored" in said
 
 
