@@ -46,11 +46,13 @@ def cut(tensor: Tensor, shape: Shape, *, name: str, cuts: Mapping[int, AxisCut] 
         LendingError: `shape` has other axes than `tensor`, or is larger.
     """
     for axis, how in (cuts or {}).items():
-        tensor = (
-            tensor.index_select(axis, how.to(tensor.device if not tensor.is_meta else how.device))
-            if isinstance(how, Tensor)
-            else _resample(tensor, axis, how=how)
-        )
+        if isinstance(how, Resampled):
+            tensor = _resample(tensor, axis, how=how)
+        else:
+            tensor = tensor.index_select(axis, how if tensor.is_meta else how.to(tensor.device))
+            if tensor.ndim == 4:
+                # as a network's own kernels lie, 1x1 ones too: another layout is computed in another order
+                tensor = tensor.clone(memory_format=torch.channels_last)
     if tensor.shape == shape:
         return tensor
     if tensor.ndim != len(shape) or any(

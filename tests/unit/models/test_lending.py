@@ -176,3 +176,13 @@ def test_an_axis_whose_parts_do_not_fit_is_refused_with_the_reason(
 def test_an_axis_that_cannot_be_cut_is_lent_whole() -> None:
     parts = (Uncuttable("windows"), Uncuttable("windows"))
     assert torch.equal(planned((6,), (6,), parts=parts), torch.arange(6.0))
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_kernels_of_kept_positions_lie_as_those_of_leading_ones(side: int) -> None:
+    kernel = torch.randn(6, 4, side, side).clone(memory_format=torch.channels_last)
+    small = {FUSED: torch.empty(2, 4, side, side)}
+    layouts: tuple[Layout, Layout] = ({}, {(FUSED, 0): Kept((1, 4))})
+    lent = lend({FUSED: kernel}, small, cuts=plan_cuts({FUSED: kernel}, small, layouts=layouts))[FUSED]
+    assert lent.stride() == kernel[:2].stride()
+    assert torch.equal(lent, kernel[[1, 4]])
