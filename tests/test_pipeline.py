@@ -247,6 +247,20 @@ def test_what_cannot_be_searched_is_refused_before_training(
     pipeline.prepare(config, tmp_path / "run", listener=pipeline.Silent()).close()
 
 
+def test_a_curriculum_whose_images_the_networks_cannot_read_is_refused_before_training(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    vit = {"space": str(TOY.parents[1] / "search_spaces" / "vit_cifar.toml")}
+    data = config.data.model_copy(update={"size": 32})
+    train = config.train.model_copy(update={"curriculum": "efficienttrain", "strategy": "sandwich"})
+    odd = config.model_copy(update=vit | {"data": data, "train": train})
+    with pytest.raises(ConfigError, match=r"images of 22 px.*set train\.curriculum_multiple"):
+        pipeline.prepare(odd, tmp_path / "run", listener=pipeline.Silent())
+    whole = train.model_copy(update={"curriculum_multiple": 4})
+    even = odd.model_copy(update={"train": whole})
+    pipeline.prepare(even, tmp_path / "run", listener=pipeline.Silent()).close()
+
+
 def test_a_search_before_training_is_refused(config: RunConfig, tmp_path: Path) -> None:
     bench = pipeline.prepare(config, tmp_path / "new", listener=pipeline.Silent())
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -25,6 +27,7 @@ EXIT_CODES = {
     "ClickException": BAD_INPUT,
     "DeviceError": NO_DEVICE,
     "TrainingStopped": STOPPED,
+    "RanksError": STOPPED,
     "CheckpointError": STOPPED,
     "EvaluationFailed": STOPPED,
     "StoreError": STOPPED,
@@ -60,6 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def run(config: ConfigFile, output: Output = None, set_: Overrides = None, resume: Resume = False) -> None:
     """Train, search, export and report, all of it; continues where it was stopped."""
+    _check_alone()
     loaded, folder = _load(config, output, set_, resume=resume)
     from nestling import console, pipeline
 
@@ -70,17 +74,57 @@ def run(config: ConfigFile, output: Output = None, set_: Overrides = None, resum
 
 @app.command()
 def train(config: ConfigFile, output: Output = None, set_: Overrides = None, resume: Resume = False) -> None:
-    """Train the supernet; continues from the newest checkpoint."""
+    """Train the supernet; continues from the newest checkpoint.
+
+    On many GPUs: `torchrun --nproc_per_node=8 -m nestling.cli train CONFIG`, on a folder that all see.
+    """
     loaded, folder = _load(config, output, set_, resume=resume)
     from nestling import console, pipeline
 
-    with console.display() as listener:
-        bench = pipeline.prepare(loaded, folder, listener=listener)
-        try:
-            pipeline.train_supernet(bench, listener=listener)
-        finally:
-            bench.close()
-    console.print_next(f"nestling search {folder}")
+    with pipeline.join_ranks(loaded) as ranks:
+        silent = nullcontext(pipeline.Silent())
+        with console.display() if ranks.first else silent as listener:
+            bench = pipeline.prepare(loaded, folder, listener=listener, ranks=ranks)
+            try:
+                pipeline.train_supernet(bench, listener=listener)
+            finally:
+                bench.close()
+    if ranks.first:
+        console.print_next(f"nestling search {folder}")
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    subnets: Annotated[
+        int, typer.Option(help="How many networks are scored, spread from cheapest to dearest.")
+    ] = 20,
+    alone: Annotated[
+        int, typer.Option(help="How many of them are also trained by themselves, to compare with.")
+    ] = 0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of training alone. [default: the supernet's]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how good the trained supernet is, over all costs; continues where it was stopped."""
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            found = pipeline.evaluate_supernet(
+                bench,
+                subnets=subnets,
+                alone=alone,
+                epochs=epochs,
+                listener=listener,
+                on_scored=listener.scored,
+            )
+    finally:
+        bench.close()
+    console.print_evaluation(found, as_json=as_json)
 
 
 @app.command()
@@ -240,10 +284,19 @@ def _end(error: Exception) -> NoReturn:
     sys.exit(code)
 
 
+def _check_alone() -> None:
+    """Refuses to be one of many processes, which would all write the same files."""
+    from nestling.run import RunError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RunError("torchrun is for `nestling train` alone; start other commands without it")
+
+
 def _check_run(folder: Path) -> None:
-    """Refuses a folder without a run, before anything heavy is imported."""
+    """Refuses a folder without a run, and many processes, before anything heavy is imported."""
     from nestling.run import Run
 
+    _check_alone()
     Run.open(folder).config()
 
 

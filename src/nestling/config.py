@@ -6,9 +6,9 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -52,9 +52,23 @@ class DataConfig(Part):
 
 
 class TrainConfig(Part):
-    """How the supernet is trained."""
+    """How the supernet is trained.
 
-    strategy: Literal["delayed-shrinking", "sandwich"] = "delayed-shrinking"
+    Another strategy's numbers may stand beside its own, so that one file serves several; a key that says
+    which subnets learn, or from whom, must be one that the strategy reads.
+    """
+
+    strategy: Literal[
+        "delayed-shrinking",
+        "sandwich",
+        "progressive-shrinking",
+        "sorted-net",
+        "fixed-list",
+        "attentive",
+        "shifting",
+        "single-path",
+        "alone",
+    ] = "delayed-shrinking"
     epochs: Annotated[float, Field(gt=0)] = 30.0
     optimizer: Literal["sgd", "rmsprop", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -66,18 +80,92 @@ class TrainConfig(Part):
     """Before the classifier, for the largest network only."""
     drop_path: Fraction = 0.0
     """Stochastic depth of the last block (earlier blocks less), for the largest network only."""
+    zero_last_norms: bool = False
+    """Whether the last batch normalization of each residual branch begins at 0, as BigNAS has it."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_value: Annotated[float, Field(gt=0)] | None = None
+    """The largest that each number of a gradient may be, as AttentiveNAS and AlphaNet have it with 1.0."""
     random_subnets: Annotated[int, Field(ge=0)] = 2
-    """Subnets drawn at random for each step, beside the largest and the smallest."""
+    """Subnets drawn at random for each step, beside the largest and the smallest where those are visited."""
+    divergence: Literal["kl", "alpha"] = "kl"
+    """How subnets learn from the largest network: `alpha` is AlphaNet's adaptive alpha-divergence."""
     switch: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Delayed shrinking: the part of the run in which the largest network learns alone."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 5.0
     """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1."""
     sort_channels: bool = True
-    """Delayed shrinking: whether channels are sorted by importance before the subnets join."""
+    """Delayed and progressive shrinking: whether channels are sorted by importance before subnets join."""
+    constant_tail: bool = True
+    """Sandwich: whether the learning rate falls exponentially to 5 % and stays there, or along a cosine."""
+    subnets: tuple[str, ...] = ()
+    """Archs as JSON: those of a fixed list or a sorted net, or the one that is trained alone."""
+    spread: Count | None = None
+    """Fixed list, sorted net: in place of `subnets`, this many archs spread from smallest to largest."""
+    cost_bins: Count = 16
+    """Attentive, shifting: how many bins there are between the cost of the smallest and of the largest."""
+    candidates: Count = 3
+    """Attentive: how many archs of one cost compete."""
+    keeps: Literal["best", "worst"] = "best"
+    """Attentive: which of them learns, by the loss on the batch: BestUp or WorstUp."""
+    floor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Shifting: the part of draws that is uniform over the bins of cost."""
+    teachers: tuple[str, ...] = ()
+    """Alone, progressive shrinking: timm's names of networks whose averaged soft labels are learnt from, each
+    followed by `=PATH` where its weights are in a file."""
+    teacher_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Progressive shrinking, or with `teachers`: the weight of soft labels."""
+    teacher_labels: Annotated[float, Field(ge=0)] = 0.0
+    """Alone, with `teachers`: the weight of the labels beside them; MEAL V2 has none."""
+    joint_norm: bool = False
+    """On several ranks: whether batch normalization uses the statistics of all ranks' images."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Automatic mixed precision on CUDA; `auto` is bf16 where the GPU has it. Never on the CPU."""
+    average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the moving average of the weights, such as 0.9999, which then are the result; 0: none."""
+    curriculum: Literal["none", "efficienttrain", "efficienttrain++"] = "none"
+    """Low frequencies and weak augmentation first: 0.65x and 0.44x of the pixels (arXiv 2211.09703)."""
+    curriculum_multiple: Count = 2
+    """The curriculum's sides are multiples of it: a vision transformer's patch size, for one."""
+    compile: bool = False
+    """Whether the largest and the smallest network are compiled, which takes minutes."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_read(self) -> Self:
+        read = READ_BY[self.strategy]
+        for name in sorted(set().union(*READ_BY.values()) - read):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                readers = " and ".join(s for s, keys in READ_BY.items() if name in keys)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but the strategy {self.strategy!r} does not read "
+                    f"it; it is a key of {readers}"
+                )
+        if self.strategy == "fixed-list" and not self.subnets and self.spread is None:
+            raise ValueError("a fixed list names its subnets, or how many are spread over the space")
+        if self.subnets and self.spread is not None:
+            raise ValueError(f"{len(self.subnets)} subnets are named and {self.spread} are spread; give one")
+        if self.strategy == "alone" and len(self.subnets) > 1:
+            raise ValueError(f"{len(self.subnets)} subnets are named, but one alone is trained")
+        if self.compile and self.joint_norm:
+            raise ValueError(
+                "compile and joint_norm are both asked for, but a compiled network normalizes by its own "
+                "rank's images; set one of them to false"
+            )
+        return self
+
+
+READ_BY: Mapping[str, frozenset[str]] = {
+    "delayed-shrinking": frozenset({"divergence"}),
+    "sandwich": frozenset({"divergence"}),
+    "progressive-shrinking": frozenset({"teachers", "teacher_weight"}),
+    "sorted-net": frozenset({"subnets", "spread"}),
+    "fixed-list": frozenset({"subnets", "spread"}),
+    "attentive": frozenset({"divergence"}),
+    "shifting": frozenset({"divergence"}),
+    "single-path": frozenset(),
+    "alone": frozenset({"subnets", "teachers", "teacher_weight", "teacher_labels"}),
+}
+"""Strategy -> those keys that it reads of all that say which subnets learn, and from whom."""
 
 
 class SearchConfig(Part):
@@ -214,7 +302,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
     location = [str(step) for step in problem["loc"]]
     key = ".".join(location)
     if problem["type"] != "extra_forbidden":
-        given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+        # of a whole table the message says itself what was given
+        tells = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
+        given = "" if tells else f" (given: {problem['input']!r})"
         return f"{key}: {problem['msg']}{given}"
     part: type[BaseModel] = RunConfig
     for step in location[:-1]:

@@ -93,6 +93,10 @@ class Display:
             self.console.print(f"  {text}", markup=False)
         self._advance("searching", done, wanted, text)
 
+    def scored(self, name: str, number: int, total: int) -> None:
+        """The bar of an evaluation."""
+        self._advance("scoring", number, total, name)
+
     def exported(self, name: str, number: int, total: int) -> None:
         """The bar of the export."""
         self._advance("exporting", number, total, name)
@@ -167,6 +171,45 @@ def print_trials(result: SearchResult) -> None:
     for trial in result.front:
         table.add_row(trial.arch.key, *(f"{trial.metrics[name]:.4g}" for name in metrics))
     _wide().print(table)
+
+
+def print_evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """How good a supernet is: its subnets, and the figures with their 95 % intervals."""
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(title=f"On {found['images']:,} images of the search split", title_justify="left")
+    for heading in ("network", "MACs", "top-1, shared weights", "top-1, trained alone"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    alone = {row["arch_key"]: row for row in found["alone"]["networks"]}
+    for row in found["subnets"]:
+        other = alone.get(row["arch_key"])
+        table.add_row(row["arch_key"], si(row["macs"]), _top1(row), "" if other is None else _top1(other))
+    console = _wide()
+    console.print(table)
+    figures = Table(show_header=False)
+    for name, estimate, percent in (
+        ("area under accuracy over log MACs", found["area"], True),
+        ("front over subnets of the same MACs", found["search"]["improvement"], True),
+        ("Kendall tau with training alone", found["alone"].get("tau"), False),
+        ("the same, of the MACs", found["alone"].get("tau_of_macs"), False),
+        ("the same, beyond the MACs", found["alone"].get("partial_tau"), False),
+        ("top-1 above training alone", found["alone"].get("gap"), True),
+        ("gained by choosing of two alike in MACs", found["alone"].get("improvement"), True),
+        ("the same, choosing the dearer", found["alone"].get("improvement_of_macs"), True),
+    ):
+        if estimate is not None:
+            value, low, high = (
+                f"{estimate[key]:.2%}" if percent else f"{estimate[key]:.2f}"
+                for key in ("value", "low", "high")
+            )
+            figures.add_row(name, f"{value} ({low} to {high})")
+    console.print(figures)
+
+
+def _top1(row: Mapping[str, Any]) -> str:
+    low, high = row["top1_interval"]
+    return f"{row['top1']:.2%} ({low:.1%}-{high:.1%})"
 
 
 def print_measurement(model: Path, measurement: Measurement, *, as_json: bool) -> None:

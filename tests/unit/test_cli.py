@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nestling.config import load_config
+from nestling.run import Run
 from nestling.space import load_space
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_lists_every_command() -> None:
     told = _nestling("--help").stdout
-    for command in ("run", "train", "search", "export", "report", "profile", "space"):
+    for command in ("run", "train", "evaluate", "search", "export", "report", "profile", "space"):
         assert command in told
 
 
@@ -51,6 +53,7 @@ def test_help_lists_every_command() -> None:
         (("run", "configs/demo.toml", "--set", "train.epochs=many"), 2, "train.epochs"),
         (("run", "configs/demo.toml", "--output", "nowhere", "--resume"), 2, "holds no run"),
         (("report", "nowhere"), 2, "holds no run"),
+        (("evaluate", "nowhere"), 2, "holds no run"),
         (("space", "nowhere.toml"), 2, "no space file"),
         (("space",), 2, "give one of FILE, --timm MODEL and --convert MODEL"),
         (("space", "--timm", "resnet18", "--axes"), 2, "--axes and --json are for a space FILE"),
@@ -81,6 +84,34 @@ def test_a_proposed_space_can_be_loaded_as_it_is_printed(tmp_path: Path) -> None
         path = tmp_path / f"{model}.toml"
         path.write_text(_nestling("space", option, model, "--resolution", "32").stdout)
         assert load_space(path).size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "is not finished; `nestling train` finishes it"),
+        (("--subnets", "1"), "subnets is 1; a curve needs at least 2, the smallest and the largest"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    Run.create(tmp_path / "run", load_config(ROOT / "tests" / "toy.toml"))
+    done = _nestling("evaluate", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_of_many_processes_each_command_but_train_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (("run", "tests/toy.toml", "--output", str(tmp_path / "run")), ("report", "nowhere")):
+        done = _nestling(*arguments)
+        assert done.returncode == 2
+        assert "torchrun is for `nestling train` alone" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("[train]\nepochs = -1", "train.epochs: Input should be greater than 0 (given: -1)"),
         ("[train]\nlr = inf", "train.lr: Input should be a finite number (given: inf)"),
         ("[data]\ntest_fraction = 1.5", "data.test_fraction: Input should be less than or equal to 1"),
+        ("[train]\ncompile = true\njoint_norm = true", "compile and joint_norm are both asked for"),
         ('[train]\noptimizer = "adam"', "train.optimizer: Input should be 'sgd', 'rmsprop' or 'adamw'"),
         ("[search]\nlimits = { top1 = 'high' }", "search.limits.top1: Input should be a valid number"),
     ],

@@ -8,6 +8,7 @@ from nestling.data.batch import Batch
 from nestling.data.eval_images import EvalImages
 from nestling.data.load import Data, load_data
 from nestling.data.pixels import DataError
+from nestling.data.stream import TrainStream
 from nestling.data.train_images import TrainImages
 
-__all__ = ["Batch", "Data", "DataError", "EvalImages", "TrainImages", "load_data"]
+__all__ = ["Batch", "Data", "DataError", "EvalImages", "TrainImages", "TrainStream", "load_data"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,21 @@ _GROUP_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Of which `whole` images some are those from the `first` on: what they draw does not depend on the rest.
+
+    So the parts of a batch that several processes change are together what one process makes of it.
+    """
+
+    first: int
+    whole: int
+
+    def of(self, drawn: Tensor, count: int) -> Tensor:
+        """The rows that `count` images have in what was `drawn` for all, (whole, ...)."""
+        return drawn[self.first : self.first + count]
+
+
+@dataclass(frozen=True, slots=True)
 class Augmentation:
     """What may happen to an image.
 
@@ -29,6 +44,8 @@ class Augmentation:
         crop_area: the smallest part of the area that a random crop keeps (on disk, instead of `shift`).
         mirror: whether left and right may change places.
         distort: whether TrivialAugment (Müller and Hutter, 2021, arXiv:2103.10158) changes shape or colour.
+        magnitude: of 10, that of RandAugment (Cubuk et al., 2019, arXiv:1909.13719), two changes an image, in
+            place of TrivialAugment; None: TrivialAugment.
         erase: how often a rectangle is erased (Zhong et al., 2017, arXiv:1708.04896).
     """
 
@@ -36,15 +53,19 @@ class Augmentation:
     crop_area: float = 1.0
     mirror: bool = False
     distort: bool = False
+    magnitude: int | None = None
     erase: float = 0.0
 
 
+_STRONG = Augmentation(shift=1 / 8, crop_area=0.08, mirror=True, distort=True, erase=0.25)
 AUGMENTATIONS: Mapping[str, Augmentation] = {
     "none": Augmentation(),
     "shift": Augmentation(shift=1 / 8, crop_area=0.5),
     "standard": Augmentation(shift=1 / 8, crop_area=0.08, mirror=True),
-    "strong": Augmentation(shift=1 / 8, crop_area=0.08, mirror=True, distort=True, erase=0.25),
+    "strong": _STRONG,
+    **{f"strong-{magnitude}": replace(_STRONG, magnitude=magnitude) for magnitude in range(10)},
 }
+"""`strong-0` to `strong-9` are those of a curriculum's periods, from weak to strong."""
 
 
 def augmentation(name: str) -> Augmentation:
@@ -58,16 +79,19 @@ def augmentation(name: str) -> Augmentation:
     return AUGMENTATIONS[name]
 
 
-def move(images: Tensor, *, shift: float, mirror: bool, generator: torch.Generator) -> Tensor:
+def move(
+    images: Tensor, *, shift: float, mirror: bool, generator: torch.Generator, rows_of: Rows | None = None
+) -> Tensor:
     """`images` `(N, C, H, W)`, each moved by up to `shift` of its sides; half are mirrored if `mirror`.
 
-    What moves in at an edge is the image's reflection.
+    What moves in at an edge is the image's reflection. The images may be some rows of a larger batch.
     """
     count, channels, height, width = images.shape
-    rows = _positions(count, height, shift, generator)
-    columns = _positions(count, width, shift, generator)
+    part = rows_of or Rows(0, count)
+    rows = part.of(_positions(part.whole, height, shift, generator), count)
+    columns = part.of(_positions(part.whole, width, shift, generator), count)
     if mirror:
-        turned = torch.rand(count, 1, generator=generator) < 0.5
+        turned = part.of(torch.rand(part.whole, 1, generator=generator), count) < 0.5
         columns = torch.where(turned, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
     source = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, height * width)
@@ -83,20 +107,46 @@ def _positions(count: int, side: int, shift: float, generator: torch.Generator) 
     return side - 1 - (side - 1 - places).abs()
 
 
-def distort(images: Tensor, *, generator: torch.Generator) -> Tensor:
-    """uint8 `images` `(N, 3, H, W)`, a few neighbours at a time through one random TrivialAugment."""
+def distort(
+    images: Tensor,
+    *,
+    generator: torch.Generator,
+    magnitude: int | None = None,
+    rows_of: Rows | None = None,
+) -> Tensor:
+    """uint8 `images` `(N, 3, H, W)`, a few neighbours at a time through one random TrivialAugment.
+
+    With a `magnitude` of 0 to 10 it is RandAugment of that strength, of two changes. The images may be
+    some rows of a larger batch.
+    """
+    part = rows_of or Rows(0, len(images))
     seed = int(torch.randint(2**62, (), generator=generator))
-    change = v2.TrivialAugmentWide()
-    size = max(_GROUP_SIZE, math.ceil(len(images) / _GROUPS))
+    change: v2.TrivialAugmentWide | v2.RandAugment = v2.TrivialAugmentWide()
+    if magnitude is not None:
+        change = v2.RandAugment(num_ops=2, magnitude=3 * magnitude, num_magnitude_bins=31)
+    size = max(_GROUP_SIZE, math.ceil(part.whole / _GROUPS))
+    changed: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
-        torch.default_generator.manual_seed(seed)
-        return torch.cat([change(group) for group in torch.split(images, size)])
+        for group, start in enumerate(range(0, part.whole, size)):
+            first, last = max(0, start - part.first), max(0, start - part.first + size)
+            mine = images[first:last]
+            if len(mine):  # the other groups are another's rows
+                torch.default_generator.manual_seed(seed + group)
+                changed.append(change(mine))
+    return torch.cat(changed)
 
 
-def erase(images: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
-    """Normalised `images` `(N, C, H, W)`, some with a rectangle of 2 to 33 % of the area set to the mean."""
+def erase(
+    images: Tensor, *, probability: float, generator: torch.Generator, rows_of: Rows | None = None
+) -> Tensor:
+    """Normalised `images` `(N, C, H, W)`, some with a rectangle of 2 to 33 % of the area set to the mean.
+
+    The images may be some rows of a larger batch.
+    """
     count, _, height, width = images.shape
-    chance, area, ratio, top, left = torch.rand(5, count, generator=generator)
+    part = rows_of or Rows(0, count)
+    drawn = torch.rand(5, part.whole, generator=generator)
+    chance, area, ratio, top, left = part.of(drawn.T, count).T
     area = (0.02 + area * 0.31) * (height * width)
     ratio = torch.exp((ratio * 2 - 1) * math.log(10 / 3))
     tall = (area * ratio).sqrt().round().clamp(1, height)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nestling.data.augment import Augmentation, augmentation, crop_box, distort, erase, move
+from nestling.data.augment import Augmentation, Rows, augmentation, crop_box, distort, erase, move
 from nestling.data.batch import Batch
 from nestling.data.eval_images import EvalImages
 from nestling.data.images import Images, PixelArray
@@ -35,6 +35,7 @@ class TrainImages:
         labels: `(N,)` int64.
         size: the side in px of the images in a batch.
         workers: loader processes, for images on disk; 0 reads in this process.
+        part: which part of each batch is given, counted from 0, and of how many.
     """
 
     images: Images = field(repr=False)
@@ -45,6 +46,20 @@ class TrainImages:
     std: tuple[float, ...]
     seed: int
     workers: int
+    part: tuple[int, int] = (0, 1)
+
+    def divided(self, part: int, *, of: int) -> TrainImages:
+        """These images, of whose batches part number `part` of `of` is given: the others' are not even read.
+
+        The parts of a batch put together are, to the last bit, the whole one. `batch_size` stays that of
+        the whole.
+
+        Raises:
+            DataError: `part` is not in [0, `of`).
+        """
+        if not 0 <= part < of:
+            raise DataError(f"part {part} of {of} of a batch; parts are counted from 0")
+        return replace(self, part=(part, of))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,7 +79,7 @@ class TrainImages:
     ) -> Iterator[Batch]:
         """Batches from step `start_step` on, without end, on `device`.
 
-        A batch has `batch_size` images, or all where there are fewer.
+        A batch has `batch_size` images, or all where there are fewer, or its `part` of them.
 
         Raises:
             DataError: a damaged image (on disk only), no such augmentation, or a bad step or batch size.
@@ -72,7 +87,14 @@ class TrainImages:
         if start_step < 0:
             raise DataError(f"start_step must be at least 0, not {start_step}")
         change = augmentation(augment)
-        order = _Order(len(self), self.seed, batch_size, self.steps_per_epoch(batch_size), start_step)
+        per_epoch = self.steps_per_epoch(batch_size)
+        whole, (part, parts) = min(batch_size, len(self)), self.part
+        if whole < parts:
+            raise DataError(
+                f"a batch of {whole} images cannot be divided by {parts}; use a larger batch_size"
+            )
+        rows = slice(whole * part // parts, whole * (part + 1) // parts)
+        order = _Order(len(self), self.seed, batch_size, per_epoch, start_step, rows)
         return self._stream(order, change, torch.device(device))
 
     def _stream(self, order: _Order, change: Augmentation, device: torch.device) -> Iterator[Batch]:
@@ -80,16 +102,17 @@ class TrainImages:
         raw = self._from_memory(order, device) if in_memory else self._from_disk(order, change, device)
         mean = torch.tensor(self.mean, device=device).view(3, 1, 1)
         std = torch.tensor(self.std, device=device).view(3, 1, 1)
+        rows = Rows(order.rows.start, min(order.batch_size, len(self)))
         for step, (pixels, labels) in enumerate(raw, start=order.start_step):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", step))
             shift = change.shift if in_memory else 0.0
             if shift or change.mirror:
-                pixels = move(pixels, shift=shift, mirror=change.mirror, generator=generator)
+                pixels = move(pixels, shift=shift, mirror=change.mirror, generator=generator, rows_of=rows)
             if change.distort:
-                pixels = distort(pixels, generator=generator)
+                pixels = distort(pixels, generator=generator, magnitude=change.magnitude, rows_of=rows)
             images = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
             if change.erase:
-                images = erase(images, probability=change.erase, generator=generator)
+                images = erase(images, probability=change.erase, generator=generator, rows_of=rows)
             yield Batch(images=images, labels=labels)
 
     def calibration(self, count: int) -> EvalImages:
@@ -142,6 +165,8 @@ class _Order(Sampler[list[tuple[int, int]]]):
     batch_size: int
     steps_per_epoch: int
     start_step: int
+    rows: slice
+    """Those images of a batch that are given."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, done = divmod(self.start_step, self.steps_per_epoch)
@@ -149,7 +174,7 @@ class _Order(Sampler[list[tuple[int, int]]]):
             order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(self.count)
             for step in range(done, self.steps_per_epoch):
                 chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [(epoch, index) for index in chosen.tolist()]
+                yield [(epoch, index) for index in chosen[self.rows].tolist()]
             epoch, done = epoch + 1, 0
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nestling.models.building import Build, build_shapes, own_tables
+from nestling.models.compiling import Call, call_lent
 from nestling.models.kernels import compute_touching_part
 from nestling.models.layouts import FindLayout, find_layout
 from nestling.models.lending import Cuts, lend, lend_buffers, plan_cuts
@@ -76,26 +76,29 @@ class Supernet(nn.Module):
         self.largest = network.to(memory_format=torch.channels_last)
         self._largest_arch = space.largest
         self._layout_of_largest = layout(self.largest, space.largest)
-        self._borrowers: OrderedDict[Arch, _Borrower] = OrderedDict()
-        self._borrower(self._largest_arch)
+        self._borrowers: OrderedDict[tuple[Arch, bool], _Borrower] = OrderedDict()
+        self.calls: dict[Arch, Call] = {}
+        self._borrower(self._largest_arch, is_largest=True)
 
-    def forward(self, images: Tensor, arch: Arch) -> Tensor:
+    def forward(self, images: Tensor, arch: Arch, *, at_most: int | None = None) -> Tensor:
         """Logits (N, classes) of the subnet `arch` for `images` (N, 3, H, W), with lent weights.
 
-        Images are resized to the arch's `resolution` where it has one. Batch normalization uses the batch's
-        own statistics, in training and otherwise: a subnet's own statistics come from `materialize` followed
-        by recalibration.
+        Images are resized to the arch's `resolution` where it has one; with `at_most`, an arch of a larger
+        resolution runs at that many pixels. `self.calls` holds, for some archs, another way to call their
+        networks than `call_lent`, such as a compiled one. Batch normalization uses the batch's own
+        statistics, in training and otherwise: a subnet's own statistics come from `materialize` followed by
+        recalibration.
 
         Raises:
             LendingError: the arch's network does not fit into the largest one.
         """
-        borrower = self._borrower(arch)
+        at = capped(arch, at_most)
+        borrower = self._borrower(at, is_largest=arch == self._largest_arch)
         lent = lend(_parameters(self.largest), borrower.parameters, cuts=borrower.cuts)
         if borrower.has_buffers:
             lent |= lend_buffers(_buffers(self.largest), borrower.network, cuts=borrower.cuts)
             lent |= {name: table.to(images.device) for name, table in borrower.tables.items()}
-        images = at_resolution(images, arch)
-        return functional_call(borrower.network, lent, (images,), tie_weights=False)  # type: ignore[no-any-return]
+        return self.calls.get(arch, call_lent)(borrower.network, lent, at_resolution(images, at))
 
     def materialize(self, arch: Arch) -> nn.Module:
         """The plain network of `arch` with its own copy of the weights, in evaluation mode.
@@ -124,22 +127,24 @@ class Supernet(nn.Module):
                 tensors |= {name: copies[id(shape)] for name, shape in tensors.items() if shape is not None}
         return network.eval()
 
-    def _borrower(self, arch: Arch) -> _Borrower:
-        borrower = self._borrowers.get(arch)
+    def _borrower(self, arch: Arch, *, is_largest: bool) -> _Borrower:
+        # the largest at a lower resolution is still the one that dropout is for; one drawn there is not
+        key = (arch, is_largest)
+        borrower = self._borrowers.get(key)
         if borrower is None:
             network = build_shapes(self.build, arch)
             cuts, tables = self._cuts(network, arch), self._tables(network, arch)
             _forget_statistics(network)
             compute_touching_part(network)
-            if arch == self._largest_arch:
+            if is_largest:
                 regularize(network, dropout=self.dropout, drop_path=self.drop_path)
             borrower = _Borrower(
                 network, _parameters(network), cuts, tables, has_buffers=bool(list(network.buffers()))
             )
-            self._borrowers[arch] = borrower
+            self._borrowers[key] = borrower
             if len(self._borrowers) > CACHED_SHAPES:
                 self._borrowers.popitem(last=False)
-        self._borrowers.move_to_end(arch)
+        self._borrowers.move_to_end(key)
         if borrower.network.training != self.training:
             borrower.network.train(self.training)
         return borrower
@@ -157,6 +162,13 @@ class Supernet(nn.Module):
             kept = network.state_dict().keys()
             return {name: table for name, table in _buffers(self.largest).items() if name not in kept}
         return own_tables(self.build, arch, network)
+
+
+def capped(arch: Arch, at_most: int | None) -> Arch:
+    """`arch` with a `resolution` of `at_most` pixels where it has a larger one; None: as it is."""
+    if at_most is None or "resolution" not in arch or arch.integer("resolution") <= at_most:
+        return arch
+    return Arch(tuple((name, at_most if name == "resolution" else v) for name, v in arch.decisions))
 
 
 def at_resolution(images: Tensor, arch: Arch) -> Tensor:

@@ -1,10 +1,10 @@
 """The stages of a run in their order: the only code that knows them all."""
 
+from nestling.pipeline.evaluation import evaluate_supernet
 from nestling.pipeline.forecast import Forecast
+from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
 from nestling.pipeline.stages import (
-    Listener,
-    Silent,
     export_arch,
     export_front,
     make_report,
@@ -12,12 +12,12 @@ from nestling.pipeline.stages import (
     prepare,
     run_all,
     search_supernet,
-    train_supernet,
 )
+from nestling.pipeline.training import join_ranks, train_supernet
 from nestling.profile import Measurement
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial
-from nestling.train.loop import TrainingRecord
+from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress as TrainingProgress
 
 __all__ = [
@@ -31,9 +31,11 @@ __all__ = [
     "TrainingRecord",
     "Trial",
     "convert_space",
+    "evaluate_supernet",
     "export_arch",
     "export_front",
     "find_arch",
+    "join_ranks",
     "make_report",
     "open_run",
     "prepare",

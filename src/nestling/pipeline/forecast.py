@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,17 +9,12 @@ from typing import Any
 
 import torch
 
-from nestling.models.building import build_shapes
-from nestling.models.cost import cost
 from nestling.models.supernet import Supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.space import Arch
 from nestling.train.losses import label_loss
-from nestling.train.strategies import Progress, Strategy
-
-SAMPLED_STEPS = 24
-BACKWARD = 3.0
-"""A forward and a backward pass cost three forward passes."""
+from nestling.train.strategies import Strategy
+from nestling.train.strategies.accounting import BACKWARD, training_macs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +46,18 @@ def forecast(
     batch_size = config.data.batch_size
     per_epoch = bench.data.train.steps_per_epoch(batch_size)
     steps = max(1, round(config.train.epochs * per_epoch))
-    macs_of: dict[Arch, int] = {}
-
-    def macs(arch: Arch) -> int:
-        if arch not in macs_of:
-            macs_of[arch] = cost(build_shapes(bench.family.build, arch), bench.resolution(arch)).macs
-        return macs_of[arch]
-
-    sampled = sorted({round(i * (steps - 1) / (SAMPLED_STEPS - 1)) for i in range(SAMPLED_STEPS)})
-    each = []
-    for step in sampled:
-        visits = strategy.visits(
-            supernet.space, Progress(step, steps, per_epoch), random.Random(f"forecast/{step}")
-        )
-        each.append(sum(macs(visit.arch) for visit in visits))
-    total = sum(each) / len(each) * steps * batch_size * BACKWARD
+    of_an_image = training_macs(
+        strategy,
+        supernet.space,
+        bench.macs,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        teachers_macs=bench.teachers_macs,
+    )
+    total = of_an_image * batch_size
     largest = supernet.space.largest
     seconds = _seconds_of_a_pass(bench, supernet, largest, batch_size, clock)
-    speed = macs(largest) * batch_size * BACKWARD / seconds
+    speed = bench.macs(largest) * batch_size * BACKWARD / seconds
     return Forecast(steps=steps, images=steps * batch_size, macs=total, seconds=total / speed)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from nestling.config import ConfigError, RunConfig, TrainConfig, override_config
+from nestling.data.curriculum import CURRICULA
 from nestling.models.building import build_shapes
 from nestling.models.channels import Unsortable, channel_groups
 from nestling.models.cost import cost
-from nestling.models.supernet import Supernet
+from nestling.models.initialization import zero_last_norms
+from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.candidate import (
     candidate_metrics,
     latency_metrics,
@@ -25,10 +24,11 @@ from nestling.pipeline.candidate import (
     score,
     write_candidate,
 )
-from nestling.pipeline.forecast import Forecast, forecast
+from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.summary import data_facts, report_content
-from nestling.pipeline.workbench import Workbench, even_batch
+from nestling.pipeline.training import train_supernet
+from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
 from nestling.report import ReportFiles, write_report
 from nestling.run import Run, RunError
@@ -43,73 +43,34 @@ from nestling.search import (
     spread_along_front,
 )
 from nestling.space import Arch, load_space
-from nestling.train.loop import TrainingRecord, train
-from nestling.train.strategies import Progress, make_strategy
+from nestling.train.distributed import ALONE, Ranks
 
 STUDY = "nestling"
 
 
-class Listener(Protocol):
-    """Hears what a run does; a progress display, or nothing."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something that a person should read."""
-        ...
-
-    def forecast(self, forecast: Forecast) -> None:
-        """What training will cost."""
-        ...
-
-    def training(self, record: TrainingRecord, progress: Progress) -> None:
-        """A training step is done."""
-        ...
-
-    def trial(self, trial: Trial, result: SearchResult, wanted: int) -> None:
-        """A candidate was evaluated."""
-        ...
-
-    def exported(self, name: str, number: int, total: int) -> None:
-        """A network was handed over."""
-        ...
-
-
-class Silent:
-    """A listener that does nothing."""
-
-    def stage(self, name: str) -> None:
-        """Hears nothing."""
-
-    def note(self, text: str) -> None:
-        """Hears nothing."""
-
-    def forecast(self, forecast: Forecast) -> None:
-        """Hears nothing."""
-
-    def training(self, record: TrainingRecord, progress: Progress) -> None:
-        """Hears nothing."""
-
-    def trial(self, trial: Trial, result: SearchResult, wanted: int) -> None:
-        """Hears nothing."""
-
-    def exported(self, name: str, number: int, total: int) -> None:
-        """Hears nothing."""
-
-
-def prepare(config: RunConfig, folder: Path, *, listener: Listener) -> Workbench:
+def prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks = ALONE) -> Workbench:
     """The workbench of the run in `folder`, made from `config` or, if it is there already, continued.
 
     Everything that can be refused is refused here, before hours are spent: data, space, device, objectives.
+    Of several ranks the first does it; the others, which see the same folder, then open the run.
 
     Raises:
         RunError: the folder holds a run with another configuration.
         ConfigError, DataError, DeviceError, ValueError: something in the configuration cannot be used.
+        RanksError: on ranks other than the first, if that one raises.
     """
+    made: list[Workbench] = []
+
+    def make() -> None:
+        made.append(_prepare(config, folder, listener=listener, ranks=ranks))
+
+    ranks.from_first(make)
+    return made[0] if made else Workbench(Run.open(folder), ranks=ranks)
+
+
+def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks) -> Workbench:
     continued = (folder / "config.json").exists()
-    bench = Workbench(Run.create(folder, config))
+    bench = Workbench(Run.create(folder, config), ranks=ranks)
     if continued:
         listener.note(f"continuing the run in {folder}")
     listener.stage("prepare")
@@ -135,7 +96,15 @@ def _refuse_early(bench: Workbench) -> None:
         raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
     found = problem(bench)
     check_sampler(config.search.sampler, found, population=config.search.population)
-    _refuse_unsortable(bench.new_supernet(), config.train)
+    supernet = bench.new_supernet()
+    _refuse_unsortable(supernet, config.train)
+    if config.train.zero_last_norms and not zero_last_norms(supernet.largest):
+        raise ConfigError(
+            "train.zero_last_norms is true, but no residual branch of the largest network ends with a batch "
+            "normalization; set it to false"
+        )
+    _ = bench.strategy, bench.teachers  # subnets that are not of the space, teachers that cannot be had
+    _refuse_small_images(bench)
     for arch in (space.smallest, space.largest):
         quant_policy(bench, arch)
     smallest = cost(build_shapes(bench.family.build, space.smallest), bench.resolution(space.smallest))
@@ -148,12 +117,33 @@ def _refuse_unsortable(supernet: Supernet, config: TrainConfig) -> None:
     Raises:
         ConfigError: the network's data flow cannot be followed.
     """
-    if config.strategy != "delayed-shrinking" or not config.sort_channels:
+    if config.strategy not in ("delayed-shrinking", "progressive-shrinking") or not config.sort_channels:
         return
     try:
         channel_groups(supernet.largest)
     except Unsortable as error:
         raise ConfigError(f"{error}; set train.sort_channels to false") from error
+
+
+def _refuse_small_images(bench: Workbench) -> None:
+    """Refuses a curriculum whose images the largest network cannot read.
+
+    Raises:
+        ConfigError: the network has no such resolution.
+    """
+    config, largest = bench.config.train, bench.space.largest
+    if config.curriculum == "none":
+        return
+    curriculum = replace(CURRICULA[config.curriculum], multiple=config.curriculum_multiple)
+    for period in curriculum.periods:
+        side = curriculum.side(period, full=bench.data.size)
+        try:
+            build_shapes(bench.family.build, capped(largest, side))
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"train.curriculum begins with images of {side} px, which the largest network cannot read: "
+                f"{error}; set train.curriculum_multiple to what its sides must be multiples of"
+            ) from error
 
 
 def open_run(folder: Path, *, overrides: Sequence[str] = ()) -> Workbench:
@@ -175,51 +165,6 @@ def problem(bench: Workbench) -> Problem:
     """
     config = bench.config.search
     return Problem.parse(bench.space, objectives=config.objectives, limits=config.limits)
-
-
-def train_supernet(bench: Workbench, *, listener: Listener) -> None:
-    """Trains the run's supernet to the end, from the newest checkpoint on.
-
-    Raises:
-        TrainingStopped: the loss runs away or is not a number.
-    """
-    if bench.run.read_json("training.json") is not None:
-        listener.note("training is finished already")
-        return
-    listener.stage("train")
-    config, data = bench.config, bench.data
-    supernet = bench.new_supernet()
-    strategy = make_strategy(config.train)
-    expected = forecast(bench, supernet, strategy)
-    listener.forecast(expected)
-    scored = data.search.take(min(len(data.search), 512))
-    size = even_batch(len(scored), at_most=max(64, config.data.batch_size))
-
-    def estimate(arch: Arch) -> float:
-        """Top-1 of `arch` on some search images, normalized by each batch's own statistics."""
-        supernet.eval()
-        correct = total = 0
-        with torch.no_grad():
-            for batch in scored.at(data.size, batch_size=size, device=bench.torch_device):
-                correct += int((supernet(batch.images, arch).argmax(dim=1) == batch.labels).sum())
-                total += len(batch.labels)
-        return correct / total
-
-    with _timed(bench, "train"):
-        train(
-            supernet,
-            data.train,
-            strategy=strategy,
-            config=config.train,
-            batch_size=config.data.batch_size,
-            augment=config.data.augment,
-            seed=config.seed,
-            folder=bench.checkpoints,
-            device=bench.torch_device,
-            estimate=estimate,
-            on_record=listener.training,
-        )
-    bench.run.write_json("training.json", {"finished": True, "forecast": expected.to_dict()})
 
 
 def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
@@ -248,7 +193,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     def on_trial(trial: Trial, result: SearchResult) -> None:
         listener.trial(trial, result, config.trials)
 
-    with _timed(bench, "search"):
+    with bench.timed("search"):
         result = search(
             problem(bench),
             evaluate,
@@ -292,7 +237,7 @@ def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]
     ):
         listener.note("the front is exported already")
         return list(done)
-    with _timed(bench, "export"):
+    with bench.timed("export"):
         return export_members(bench, result, on_member=listener.exported)
 
 
@@ -354,15 +299,3 @@ def _reference_ms(bench: Workbench, measurement: Measurement) -> float:
         }
         bench.run.write_json("reference.json", known)
     return float(known["latency_ms"])
-
-
-@contextmanager
-def _timed(bench: Workbench, stage: str, *, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Adds the seconds spent inside to the run's account, also where the stage is interrupted."""
-    began = clock()
-    try:
-        yield
-    finally:
-        seconds = bench.run.read_json("seconds.json") or {}
-        seconds[stage] = seconds.get(stage, 0.0) + clock() - began
-        bench.run.write_json("seconds.json", seconds)

@@ -10,7 +10,7 @@ from typing import Any
 from nestling.pipeline.workbench import Workbench
 from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch
 from nestling.search import SearchResult
-from nestling.train.loop import read_records
+from nestling.train.records import read_records
 
 
 def report_content(bench: Workbench, result: SearchResult | None) -> ReportContent:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
+from nestling.models.building import build_shapes
+from nestling.models.cost import cost
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet
 from nestling.pipeline.checking import check_space
@@ -19,7 +23,10 @@ from nestling.profile import Device, MeasurementStore, connect
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, Value, load_space, save_space
 from nestling.train.checkpoint import load_checkpoint
+from nestling.train.distributed import ALONE, Ranks
 from nestling.train.loop import restore
+from nestling.train.strategies import Strategy, make_strategy
+from nestling.train.teachers import SoftLabels, load_teacher
 
 EVALUATION_BATCH = 256
 
@@ -29,14 +36,17 @@ class Workbench:
 
     Args:
         run: the run's folder.
+        ranks: which train it together; the first alone writes.
 
     Raises:
         ConfigError: the run's configuration is damaged.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, ranks: Ranks = ALONE) -> None:
         self.run = run
+        self.ranks = ranks
         self.config = run.config()
+        self._macs: dict[Arch, int] = {}
 
     @cached_property
     def data(self) -> Data:
@@ -96,17 +106,42 @@ class Workbench:
         Raises:
             ConfigError: CUDA is asked for and there is none.
         """
-        asked = self.config.torch_device
-        if asked == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if asked.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"torch_device is {asked!r}, but torch sees no CUDA device; use auto or cpu")
-        try:
-            return torch.device(asked)
-        except RuntimeError:
-            raise ConfigError(
-                f"torch_device is {asked!r}, which torch does not know; use auto, cpu or cuda"
-            ) from None
+        return self.ranks.device if self.ranks.world > 1 else find_device(self.config.torch_device)
+
+    def macs(self, arch: Arch) -> int:
+        """The multiply-accumulates of one image through `arch`, at its resolution; counted once."""
+        if arch not in self._macs:
+            network = build_shapes(self.family.build, arch)
+            self._macs[arch] = cost(network, self.resolution(arch)).macs
+        return self._macs[arch]
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """How the supernet is trained.
+
+        Raises:
+            ValueError: a subnet that the configuration names is not of the space.
+        """
+        return make_strategy(self.config.train, space=self.space, cost=self.macs, seed=self.config.seed)
+
+    @cached_property
+    def teachers(self) -> SoftLabels | None:
+        """The soft labels of the networks that the configuration names; None where it names none.
+
+        Raises:
+            ValueError, FileNotFoundError: a teacher that cannot be had, or that knows other classes.
+        """
+        names, classes = self.config.train.teachers, len(self.data.classes)
+        if not names:
+            return None
+        teachers = [load_teacher(name, classes=classes) for name in names]
+        return SoftLabels(teachers, mean=self.data.mean, std=self.data.std).to(self.torch_device)
+
+    @cached_property
+    def teachers_macs(self) -> int:
+        """The multiply-accumulates of one image through all teachers."""
+        held = self.teachers.teachers if self.teachers else ()
+        return sum(cost(teacher.network, teacher.side or self.data.size).macs for teacher in held)
 
     @property
     def checkpoints(self) -> Path:
@@ -180,6 +215,17 @@ class Workbench:
             store=MeasurementStore(self.run.folder / "measurements.db"),
         )
 
+    @contextmanager
+    def timed(self, stage: str, *, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        """Adds the seconds spent inside to the run's account, also where the stage is interrupted."""
+        began = clock()
+        try:
+            yield
+        finally:
+            seconds = self.run.read_json("seconds.json") or {}
+            seconds[stage] = seconds.get(stage, 0.0) + clock() - began
+            self.run.write_json("seconds.json", seconds)
+
     def close(self) -> None:
         """Ends the device's worker where one was started."""
         if "device" in vars(self):
@@ -214,6 +260,24 @@ class Workbench:
     def resolution(self, arch: Arch) -> int:
         """The side of the images that `arch` reads, in pixels."""
         return arch.integer("resolution")
+
+
+def find_device(asked: str) -> torch.device:
+    """The device called `asked`; of `auto`, CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none, or torch knows no such device.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"torch_device is {asked!r}, but torch sees no CUDA device; use auto or cpu")
+    try:
+        return torch.device(asked)
+    except RuntimeError:
+        raise ConfigError(
+            f"torch_device is {asked!r}, which torch does not know; use auto, cpu or cuda"
+        ) from None
 
 
 def even_batch(count: int, *, at_most: int) -> int:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from nestling.config import TrainConfig
-from nestling.data import Batch
+from nestling.data import TrainStream
+from nestling.data.curriculum import CURRICULA, CurriculumStream
 from nestling.models.channels import channel_groups
+from nestling.models.compiling import compiled_calls
+from nestling.models.initialization import zero_last_norms
 from nestling.models.sorting import sort_channels
 from nestling.models.supernet import Supernet
-from nestling.run import write_atomically
 from nestling.space import Arch
+from nestling.train.averaging import WeightAverage, averaged_weights
 from nestling.train.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -29,8 +31,12 @@ from nestling.train.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from nestling.train.losses import label_loss, soft_label_loss
-from nestling.train.optimization import Precision, Schedule, make_optimizer
+from nestling.train.distributed import ALONE, STEPS_BETWEEN_CHECKS, Ranks, check_agreement
+from nestling.train.gradients import average, average_gradients
+from nestling.train.joint_norm import joint_statistics
+from nestling.train.lessons import LessonError, Teachers, remember, teach
+from nestling.train.optimization import Precision, make_optimizer
+from nestling.train.records import TrainingRecord, append_record, read_records, write_records
 from nestling.train.strategies import Progress, Strategy
 
 DIVERGED = 3.0
@@ -39,34 +45,6 @@ RECENT_STEPS = 50
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - it names what happened
     """Training that cannot go on; the message says why and what is kept."""
-
-
-class TrainStream(Protocol):
-    """Training batches whose content depends on the step alone, so that a run resumes where it stopped."""
-
-    def batches(
-        self, *, start_step: int, batch_size: int, augment: str, device: torch.device | str
-    ) -> Iterator[Batch]:
-        """Batches without end, from that of `start_step` on."""
-        ...
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """How many batches make an epoch."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRecord:
-    """What is noted of a moment of training. Accuracies are estimates with the batch's own statistics."""
-
-    step: int
-    epoch: float
-    loss: float
-    lr: float
-    images_per_second: float
-    seconds: float
-    largest_top1: float | None = None
-    smallest_top1: float | None = None
 
 
 def train(
@@ -80,6 +58,8 @@ def train(
     seed: int,
     folder: Path,
     device: torch.device | str = "cpu",
+    teachers: Teachers | None = None,
+    ranks: Ranks = ALONE,
     estimate: Callable[[Arch], float] | None = None,
     on_record: Callable[[TrainingRecord, Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -100,7 +80,12 @@ def train(
         seed: of the subnets drawn, dropout and stochastic depth.
         folder: for checkpoints and records.
         device: where the network is.
-        estimate: top-1 of an arch, for the records; called once an epoch for the largest and the smallest.
+        teachers: gives soft labels (N, classes), probabilities, for images (N, 3, H, W), to visits that ask.
+        ranks: which train together. `stream` gives each its part of the batches, of which `batch_size` is
+            the size before they are divided; every rank calls this with the same arguments. Nothing saved
+            depends on their number: training may go on with another.
+        estimate: top-1 of an arch, for the records; called once an epoch for the largest and the smallest,
+            on every rank.
         on_record: called after every step with what is known.
         clock: seconds.
 
@@ -108,27 +93,42 @@ def train(
         TrainingStopped: a loss or a weight is not a number, or the loss runs away; the last good checkpoint
             is kept.
         CheckpointError: there are checkpoints, and none is whole.
+        RanksError: a rank is gone, or does something else than the others.
         Unsortable: the strategy sorts channels, and the network's data flow cannot be followed.
     """
     per_epoch = stream.steps_per_epoch(batch_size)
     steps = max(1, round(config.epochs * per_epoch))
-    schedule = Schedule(config.lr, round(config.warmup_epochs * per_epoch), steps)
+    schedule = strategy.schedule(
+        lr=config.lr,
+        warmup_steps=round(config.warmup_epochs * per_epoch),
+        steps=steps,
+        steps_per_epoch=per_epoch,
+    )
     parameters = dict(supernet.largest.named_parameters())
+    trained = list(parameters.values())
     optimizer = make_optimizer(supernet.largest, config)
     precision = Precision(config.amp, torch.device(device))
     if any(strategy.sorts_channels(Progress(step, steps, per_epoch)) for step in range(steps)):
         channel_groups(supernet.largest)  # a network that cannot be sorted is refused now, not at the switch
 
-    begun = load_checkpoint(folder)
-    records = _read_records(folder, until=begun.step if begun else 0)
+    begun = ranks.from_first(lambda: load_checkpoint(folder))
+    records = ranks.from_first(lambda: read_records(folder, until=begun.step if begun else 0))
     if begun is not None:
-        restore(supernet, begun)
+        restore(supernet, begun, averaged=False)
         restore_optimizer(optimizer, begun.tensors, parameters)
         precision.load(begun.state["scaler"])
-    _write_records(folder, records)
+    elif config.zero_last_norms:
+        zero_last_norms(supernet.largest)
+    ranks.share(supernet.largest)
+    averaged = WeightAverage(parameters, decay=config.average) if config.average else None
+    if averaged is not None and begun is not None:
+        averaged.load(begun.tensors, updates=begun.state.get("updates", 0))
+    if ranks.first:
+        write_records(folder, records)
 
     recent: deque[float] = deque(maxlen=RECENT_STEPS)
     first_loss: float | None = begun.state["first_loss"] if begun else None
+    gaps: dict[str, float] = dict(begun.state.get("gaps", {})) if begun else {}
     first = begun.step if begun else 0
     saved_at = epoch_began = clock()
     supernet.train()
@@ -136,7 +136,10 @@ def train(
     def save(step: int) -> None:
         tensors = {f"largest/{name}": t for name, t in supernet.largest.state_dict().items()}
         tensors |= optimizer_tensors(optimizer, parameters)
-        state = {"scaler": precision.state(), "first_loss": first_loss}
+        state = {"scaler": precision.state(), "first_loss": first_loss, "gaps": gaps}
+        if averaged is not None:
+            tensors |= averaged.tensors()
+            state["updates"] = averaged.updates
         try:
             save_checkpoint(folder, Checkpoint(step, tensors, state))
         except ValueError as error:
@@ -152,19 +155,47 @@ def train(
             "In a new folder, try a smaller train.lr, a longer train.warmup_epochs or train.clip_norm=1"
         )
 
+    curriculum = CURRICULA.get(config.curriculum)
+    if curriculum is not None:
+        stream = CurriculumStream(stream, replace(curriculum, multiple=config.curriculum_multiple), steps)
+    if config.compile:
+        supernet.calls |= compiled_calls([supernet.space.largest, supernet.space.smallest])
     batches = stream.batches(start_step=first, batch_size=batch_size, augment=augment, device=device)
     for step in range(first, steps):
-        progress = Progress(step, steps, per_epoch)
+        progress = Progress(step, steps, per_epoch, gaps)
         if strategy.sorts_channels(progress):
             sort_channels(supernet.largest, optimizer)
-        torch.manual_seed(_mix(seed, step))
+            if averaged is not None:
+                averaged.restart()
+        torch.manual_seed(_mix(seed, step) + ranks.rank)
         lr = schedule.at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         rng = random.Random(f"visits/{seed}/{step}")
-        losses = _step(supernet, next(batches), strategy, progress, rng, config, precision)
-        loss = losses[0]
-        precision.step(optimizer, list(parameters.values()), clip_norm=config.clip_norm)
+        visits = strategy.visits(supernet.space, progress, rng)
+        if step == first or step % STEPS_BETWEEN_CHECKS == 0:
+            check_agreement(ranks, [visit.arch for visit in visits], supernet.largest, step=step)
+        batch = next(batches)
+        try:
+            with joint_statistics(ranks if config.joint_norm else ALONE):
+                taught = teach(
+                    supernet,
+                    batch,
+                    visits,
+                    smoothing=config.label_smoothing,
+                    precision=precision,
+                    teachers=teachers,
+                    at_most=None if curriculum is None else batch.images.shape[-1],
+                    mean=partial(average, ranks, images=len(batch.labels)),
+                    finish=partial(average_gradients, ranks, trained, images=len(batch.labels)),
+                )
+        except LessonError as error:
+            raise LessonError(f"{error}, as {strategy} says at step {step}") from None
+        losses, loss = taught.losses, taught.losses[0]
+        gaps = remember(gaps, taught.gaps)
+        precision.step(optimizer, trained, clip_norm=config.clip_norm, clip_value=config.clip_value)
+        if averaged is not None:
+            averaged.update()
 
         recent.append(loss)
         first_loss = loss if first_loss is None else first_loss
@@ -190,94 +221,35 @@ def train(
         )
         if ends_epoch:
             if estimate is not None:
-                largest, smallest = estimate(supernet.space.largest), estimate(supernet.space.smallest)
+                with averaged.in_place() if averaged is not None else nullcontext():
+                    largest, smallest = map(estimate, (supernet.space.largest, supernet.space.smallest))
                 record = replace(record, largest_top1=largest, smallest_top1=smallest)
                 supernet.train()
             records.append(record)
-            _append_record(folder, record)
+            if ranks.first:
+                append_record(folder, record)
             epoch_began = clock()
         if on_record is not None:
-            on_record(record, Progress(done, steps, per_epoch))
-        if done == steps or now - saved_at >= config.checkpoint_seconds:
+            on_record(record, Progress(done, steps, per_epoch, gaps))
+        if ranks.first and (done == steps or now - saved_at >= config.checkpoint_seconds):
             save(done)
             saved_at = clock()
+    ranks.wait()  # until the last checkpoint is written
+    if averaged is not None:
+        averaged.settle()
     supernet.eval()
     return records
 
 
-def restore(supernet: Supernet, checkpoint: Checkpoint) -> None:
-    """Gives `supernet` the weights of `checkpoint`, in place."""
+def restore(supernet: Supernet, checkpoint: Checkpoint, *, averaged: bool = True) -> None:
+    """Gives `supernet` the weights of `checkpoint`, in place: the averaged ones, where there are any.
+
+    With `averaged` false they are those that training goes on with.
+    """
     prefix = "largest/"
     weights = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-    supernet.largest.load_state_dict(weights)
-
-
-def _step(
-    supernet: Supernet,
-    batch: Batch,
-    strategy: Strategy,
-    progress: Progress,
-    rng: random.Random,
-    config: TrainConfig,
-    precision: Precision,
-) -> list[float]:
-    """The visits' losses, in their order, after the gradients of all were added up.
-
-    Raises:
-        ValueError: the strategy visits no subnet, or one that learns from an arch not visited before it.
-    """
-    soft_labels: dict[Arch, Tensor] = {}
-    losses: list[Tensor] = []
-    for visit in strategy.visits(supernet.space, progress, rng):
-        if visit.learns_from is not None and visit.learns_from not in soft_labels:
-            raise ValueError(
-                f"{strategy}: {visit.arch.key} learns from {visit.learns_from.key}, "
-                f"which is not visited before it at step {progress.step}"
-            )
-        with precision.autocast():
-            logits = supernet(batch.images, visit.arch)
-            if visit.learns_from is None:
-                loss = label_loss(logits, batch.labels, smoothing=config.label_smoothing)
-            else:
-                loss = soft_label_loss(logits, soft_labels[visit.learns_from])
-        # a random subnet may be the teacher itself: its first visit is the one to learn from
-        soft_labels.setdefault(visit.arch, logits.detach())
-        precision.backward(loss * visit.weight)
-        losses.append(loss.detach())
-    if not losses:
-        raise ValueError(f"{strategy} visits no subnet at step {progress.step}")
-    values: list[float] = torch.stack(losses).tolist()
-    return values
+    supernet.largest.load_state_dict(weights | (averaged_weights(checkpoint.tensors) if averaged else {}))
 
 
 def _mix(seed: int, step: int) -> int:
     return random.Random(f"torch/{seed}/{step}").getrandbits(63)
-
-
-def _read_records(folder: Path, *, until: int) -> list[TrainingRecord]:
-    path = folder / "records.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(TrainingRecord(**json.loads(line)))
-        except json.JSONDecodeError:
-            break  # a line cut by a crash; the step it tells of is done again
-    return [record for record in records if record.step <= until]
-
-
-def read_records(folder: Path) -> list[TrainingRecord]:
-    """Every record of the run in `folder`."""
-    return _read_records(folder, until=2**62)
-
-
-def _write_records(folder: Path, records: list[TrainingRecord]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    write_atomically(folder / "records.jsonl", lines.encode())
-
-
-def _append_record(folder: Path, record: TrainingRecord) -> None:
-    with (folder / "records.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(record)) + "\n")

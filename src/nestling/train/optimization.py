@@ -1,32 +1,14 @@
-"""How weights change: the learning rate's schedule, the optimizer, mixed precision."""
+"""How weights change: the optimizer, mixed precision."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nestling.config import TrainConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A learning rate that rises linearly, then falls along one cosine over the whole run."""
-
-    lr: float
-    warmup_steps: int
-    steps: int
-
-    def at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        along = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return 0.5 * self.lr * (1 + math.cos(math.pi * along))
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -70,11 +52,23 @@ class Precision:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, clip_norm: float | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
     ) -> None:
-        """One step of `optimizer`, with gradients of norm `clip_norm` at most; they are then removed."""
-        if clip_norm is not None:
+        """One step of `optimizer`; gradients are then removed.
+
+        No number of a gradient is greater than `clip_value`, and then all together have the norm `clip_norm`
+        at most.
+        """
+        if clip_norm is not None or clip_value is not None:
             self.scaler.unscale_(optimizer)
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, clip_value)
+        if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
         self.scaler.step(optimizer)
         self.scaler.update()

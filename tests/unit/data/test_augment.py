@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -91,9 +93,18 @@ def test_a_crop_box_keeps_the_asked_area() -> None:
 
 
 def test_only_standard_and_strong_mirror() -> None:
-    assert [name for name, change in AUGMENTATIONS.items() if change.mirror] == ["standard", "strong"]
+    mirrored = {name.partition("-")[0] for name, change in AUGMENTATIONS.items() if change.mirror}
+    assert mirrored == {"standard", "strong"}
 
 
 def test_an_unknown_augmentation_is_refused_with_those_there_are() -> None:
     with pytest.raises(DataError, match="no augmentation 'flip'; there are none, shift, standard, strong"):
         augmentation("flip")
+
+
+def test_a_greater_magnitude_changes_images_more_and_all_forms_of_strong_share_the_rest() -> None:
+    images = pictures(64)
+    weak, full = (distort(images, generator=generator(3), magnitude=m).float() for m in (1, 9))
+    assert (weak - images).abs().mean() < (full - images).abs().mean()
+    strong = augmentation("strong")
+    assert all(replace(augmentation(f"strong-{m}"), magnitude=None) == strong for m in range(10))

@@ -261,6 +261,43 @@ def test_images_on_disk_come_the_same_from_any_step_and_any_number_of_workers(fo
     assert equal(on_disk(folder, workers=2).train.batches(start_step=3, **ask), whole, count=2)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("augment", ["none", "strong"])
+def test_the_parts_of_a_batch_put_together_are_the_whole_one(
+    digits: Data, folder: Path, parts: int, augment: str
+) -> None:
+    for train, size in ((digits.train, 50), (on_disk(folder).train, 7)):
+        ask: dict[str, Any] = {"start_step": 2, "batch_size": size, "augment": augment}
+        divided = [train.divided(part, of=parts).batches(**ask) for part in range(parts)]
+        for whole, *mine in islice(zip(train.batches(**ask), *divided, strict=True), 2):
+            assert torch.equal(torch.cat([batch.images for batch in mine]), whole.images)
+            assert torch.equal(torch.cat([batch.labels for batch in mine]), whole.labels)
+        assert train.divided(0, of=parts).steps_per_epoch(size) == train.steps_per_epoch(size)
+
+
+def test_of_a_divided_batch_only_ones_own_part_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    train = on_disk(folder).train.divided(1, of=2)
+    open_image = type(train.images).open
+
+    def counting(images: Any, index: int) -> Image.Image:
+        opened.append(index)
+        return open_image(images, index)
+
+    monkeypatch.setattr(type(train.images), "open", counting)
+    next(train.batches(start_step=0, batch_size=6, augment="strong"))
+    assert len(opened) == 3
+
+
+def test_a_part_that_is_none_or_has_no_image_is_refused(digits: Data) -> None:
+    with pytest.raises(DataError, match="part 2 of 2 of a batch; parts are counted from 0"):
+        digits.train.divided(2, of=2)
+    with pytest.raises(
+        DataError, match="a batch of 3 images cannot be divided by 4; use a larger batch_size"
+    ):
+        digits.train.divided(0, of=4).batches(start_step=0, batch_size=3, augment="none")
+
+
 def test_an_image_on_disk_is_cropped_differently_in_each_epoch(folder: Path) -> None:
     train = on_disk(folder, train_images=2).train  # an epoch is one batch of both images
     shown = [

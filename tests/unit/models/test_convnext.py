@@ -205,7 +205,7 @@ def test_the_source_that_rebuilds_a_network_needs_no_nestling(supernet: Supernet
 
 def test_stochastic_depth_has_its_places(space: SearchSpace) -> None:
     supernet = Supernet(space, build, drop_path=0.5).train()
-    network = supernet._borrower(space.largest).network
+    network = supernet._borrower(space.largest, is_largest=True).network
     assert len([m for m in network.modules() if isinstance(m, DropPath)]) == 5
 
 

@@ -261,7 +261,7 @@ def test_the_source_that_rebuilds_a_network_needs_no_nestling(supernet: Supernet
 def test_stochastic_depth_and_dropout_have_their_places(space: SearchSpace, images: Tensor) -> None:
     torch.manual_seed(0)
     supernet = Supernet(space, build, dropout=0.5, drop_path=0.5).train()
-    network = supernet._borrower(space.largest).network
+    network = supernet._borrower(space.largest, is_largest=True).network
     assert len([m for m in network.modules() if isinstance(m, DropPath)]) == 5
     with torch.no_grad():
         assert not torch.equal(supernet(images, space.largest), supernet(images, space.largest))

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from nestling.models.compiling import call_lent
 from nestling.models.lending import LendingError
 from nestling.models.mobilenet import build, rebuild
-from nestling.models.supernet import Supernet, at_resolution, regularize
+from nestling.models.supernet import Supernet, at_resolution, capped, regularize
 from nestling.space import Arch, Choice, SearchSpace
 
 
@@ -309,3 +310,36 @@ def test_a_layer_with_two_names_gives_back_what_it_was_lent(images: Tensor) -> N
         with torch.no_grad():
             assert torch.equal(supernet(images, space.smallest), network(images))
             supernet.largest.get_parameter("conv.weight").add_(1)
+
+
+def test_an_arch_of_a_larger_resolution_runs_at_the_most_that_is_asked_for(
+    supernet: Supernet, images: Tensor
+) -> None:
+    space = supernet.space
+    large, small = space.largest, space.only({"resolution": [16]}).largest
+    coarse = torch.nn.functional.interpolate(images, (20, 20))
+    with torch.no_grad():
+        plain_logits = plain(supernet, large)(at_resolution(coarse, capped(large, 20)))
+        assert torch.equal(supernet(coarse, large, at_most=20), plain_logits)
+        assert torch.equal(supernet(coarse, small, at_most=20), supernet(coarse, small))
+        assert not torch.equal(supernet(coarse, large), plain_logits)
+
+
+def test_the_largest_is_regularised_at_any_resolution_and_another_arch_is_not(space: SearchSpace) -> None:
+    supernet = Supernet(space, build, dropout=0.5).train()
+    images, lower = torch.randn(4, 3, 16, 16), space.only({"resolution": [16]}).largest
+    with torch.no_grad():
+        dropped = [supernet(images, space.largest, at_most=16) for _ in range(2)]
+        kept = [supernet(images, lower) for _ in range(2)]
+    assert not torch.equal(*dropped)
+    assert torch.equal(*kept)
+
+
+def test_an_arch_is_called_as_its_call_says(supernet: Supernet, images: Tensor) -> None:
+    supernet.calls[supernet.space.smallest] = lambda network, lent, images: (
+        call_lent(network, lent, images) + 1
+    )
+    with torch.no_grad():
+        logits = supernet(images, supernet.space.smallest)
+        supernet.calls.clear()
+        assert torch.equal(logits, supernet(images, supernet.space.smallest) + 1)

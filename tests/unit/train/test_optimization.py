@@ -7,22 +7,7 @@ import torch
 from torch import nn
 
 from nestling.config import TrainConfig
-from nestling.train.optimization import Precision, Schedule, make_optimizer
-
-
-def test_the_learning_rate_rises_linearly_then_falls_along_one_cosine() -> None:
-    schedule = Schedule(lr=0.4, warmup_steps=4, steps=24)
-    assert [schedule.at(s) for s in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert schedule.at(4) == pytest.approx(0.4)
-    assert schedule.at(14) == pytest.approx(0.2)
-    rates = [schedule.at(s) for s in range(4, 24)]
-    assert rates == sorted(rates, reverse=True)
-    assert 0 < schedule.at(23) < 0.01 * 0.4
-
-
-def test_without_a_warm_up_the_learning_rate_starts_at_its_highest() -> None:
-    assert Schedule(lr=0.4, warmup_steps=0, steps=10).at(0) == 0.4
-    assert Schedule(lr=0.4, warmup_steps=9, steps=3).at(2) == pytest.approx(0.4 / 3)
+from nestling.train.optimization import Precision, make_optimizer
 
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
@@ -66,3 +51,21 @@ def test_gradients_are_clipped_to_the_norm_and_removed_after_the_step() -> None:
     precision.step(optimizer, [weight], clip_norm=1.0)
     assert weight.detach().tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
     assert weight.grad is None
+
+
+def test_no_number_of_a_gradient_is_above_the_clip_value() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision("auto", torch.device("cpu"))
+    precision.backward((weight * torch.tensor([30.0, -40.0, 0.5])).sum())
+    precision.step(optimizer, [weight], clip_value=1.0)
+    assert weight.detach().tolist() == [-1.0, 1.0, -0.5]
+
+
+def test_gradients_are_clipped_by_value_before_they_are_clipped_by_norm() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision("auto", torch.device("cpu"))
+    precision.backward((weight * torch.tensor([30.0, 40.0])).sum())
+    precision.step(optimizer, [weight], clip_norm=0.5, clip_value=1.0)
+    assert weight.detach().tolist() == pytest.approx([-(0.5**1.5)] * 2, abs=1e-5)

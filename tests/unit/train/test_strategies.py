@@ -4,9 +4,19 @@ import random
 
 import pytest
 
-from nestling.config import TrainConfig
-from nestling.space import SearchSpace
-from nestling.train.strategies import DelayedShrinking, Progress, Sandwich, Strategy, Visit, make_strategy
+from nestling.space import Arch, SearchSpace
+from nestling.train.schedules import Cosine
+from nestling.train.strategies import (
+    Alone,
+    DelayedShrinking,
+    FixedList,
+    Progress,
+    Sandwich,
+    SinglePath,
+    SortedNet,
+    Strategy,
+    Visit,
+)
 
 
 def weights(strategy: Strategy, space: SearchSpace, step: int) -> list[float]:
@@ -66,19 +76,67 @@ def test_channels_are_sorted_once_at_the_switch() -> None:
     assert not any(never.sorts_channels(Progress(s, 100, 10)) for s in range(100))
 
 
-def test_the_strategy_is_the_one_that_the_configuration_names() -> None:
-    assert make_strategy(TrainConfig(strategy="sandwich", random_subnets=1)) == Sandwich(random_subnets=1)
-    config = TrainConfig(switch=0.3, ramp_epochs=2.0, random_subnets=4)
-    assert make_strategy(config) == DelayedShrinking(switch=0.3, ramp_epochs=2.0, random_subnets=4)
+def test_a_sandwich_without_its_tail_has_the_cosine_that_alphanet_has() -> None:
+    strategy = Sandwich(divergence="alpha", constant_tail=False)
+    assert strategy.schedule(lr=0.1, warmup_steps=2, steps=50, steps_per_epoch=5) == Cosine(0.1, 2, 50)
+
+
+def test_the_divergence_is_that_of_every_taught_visit(space: SearchSpace) -> None:
+    for strategy in (Sandwich(divergence="alpha"), DelayedShrinking(switch=0.0, divergence="alpha")):
+        visits = strategy.visits(space, Progress(0, 10, 5), random.Random(0))
+        assert [visit.divergence for visit in visits[1:]] == ["alpha"] * 3
+
+
+def test_the_tail_of_a_sandwich_begins_halfway_as_published() -> None:
+    # 2.4 of 450 epochs a stair: 99 stairs of 3 % bring the rate below 5 %
+    schedule = Sandwich().schedule(lr=0.256, warmup_steps=30, steps=4500, steps_per_epoch=10)
+    assert schedule.at(23) == pytest.approx(0.256 * 24 / 30)
+    assert schedule.at(30) == pytest.approx(0.256 * 0.97)
+    assert schedule.at(24 * 98) == pytest.approx(0.256 * 0.97**98)
+    assert schedule.at(24 * 99) == schedule.at(4499) == pytest.approx(0.05 * 0.256)
+
+
+def test_alone_one_network_learns_from_labels_or_from_teachers(space: SearchSpace) -> None:
+    progress, rng = Progress(0, 10, 5), random.Random(0)
+    assert Alone().visits(space, progress, rng) == [Visit(space.largest)]
+    assert Alone(space.smallest).visits(space, progress, rng) == [Visit(space.smallest)]
+    (taught,) = Alone(teacher=0.5).visits(space, progress, rng)
+    assert (taught.arch, taught.teacher, taught.labels_weight) == (space.largest, 0.5, 0.0)
+    (both,) = Alone(teacher=0.5, labels=0.1).visits(space, progress, rng)
+    assert both.labels_weight == 0.1
+
+
+def test_a_single_path_is_one_random_subnet_with_labels(space: SearchSpace) -> None:
+    visits = SinglePath().visits(space, Progress(0, 10, 5), random.Random(4))
+    assert visits == [Visit(space.sample(random.Random(4)))]
+
+
+def test_a_sorted_net_draws_uniformly_from_its_nested_set(space: SearchSpace) -> None:
+    nested = tuple(space.spread(3))
+    drawn: list[Arch] = []
+    for seed in range(100):
+        visits = SortedNet(3, nested).visits(space, Progress(seed, 100, 5), random.Random(seed))
+        assert all(visit == Visit(visit.arch) for visit in visits)
+        drawn += [visit.arch for visit in visits]
+    counts = [drawn.count(arch) for arch in nested]
+    assert sum(counts) == 300
+    assert min(counts) > 70  # expected 100, standard deviation 8
+
+
+def test_without_a_set_a_sorted_net_draws_from_the_space(space: SearchSpace) -> None:
+    rng = random.Random(2)
+    visits = SortedNet(4).visits(space, Progress(0, 10, 5), random.Random(2))
+    assert [visit.arch for visit in visits] == [space.sample(rng) for _ in range(4)]
+
+
+def test_a_fixed_list_is_visited_whole_and_its_losses_are_averaged(space: SearchSpace) -> None:
+    archs = tuple(space.spread(3))
+    visits = FixedList(archs).visits(space, Progress(7, 10, 5), random.Random(2))
+    assert visits == [Visit(arch, weight=1 / 3) for arch in archs]
+    with pytest.raises(ValueError, match="names at least one"):
+        FixedList(())
 
 
 def test_progress_is_told_in_epochs_and_as_a_fraction() -> None:
     progress = Progress(step=15, steps=60, steps_per_epoch=10)
     assert (progress.epoch, progress.fraction) == (1.5, 0.25)
-
-
-def test_channels_that_are_not_to_be_sorted_never_are() -> None:
-    progress = Progress(step=40, steps=100, steps_per_epoch=10)
-    assert DelayedShrinking(switch=0.4).sorts_channels(progress)
-    assert not DelayedShrinking(switch=0.4, sort_channels=False).sorts_channels(progress)
-    assert not make_strategy(TrainConfig(sort_channels=False, switch=0.4)).sorts_channels(progress)

@@ -1,0 +1,105 @@
+"""What a strategy costs in multiply-accumulates: for forecasts, and for comparisons at equal compute."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+from nestling.space import Arch, SearchSpace
+from nestling.train.strategies.visits import Progress, Strategy, Visit
+
+BACKWARD = 3.0
+"""A forward and a backward pass cost three forward passes."""
+
+_SAMPLED_STEPS = 48
+
+
+def visits_macs(
+    visits: Iterable[Visit], macs: Callable[[Arch], float], *, teachers_macs: float = 0.0
+) -> float:
+    """The multiply-accumulates for each image of one step with `visits`.
+
+    A visit counts its forward pass and twice as much for its backward pass; one without weight its forward
+    pass alone; a contest the forward passes of all rivals, and a visit of their mean cost, as who wins is not
+    known before. Teachers outside the supernet count once a step in which they are asked.
+
+    Args:
+        visits: of one step.
+        macs: of an arch's forward pass on one image.
+        teachers_macs: of one forward pass of all teachers.
+    """
+    total, asks = 0.0, False
+    for visit in visits:
+        costs = [macs(arch) for arch in (visit.arch, *visit.rivals)]
+        look_ahead = sum(costs) if visit.rivals else 0.0
+        total += look_ahead + sum(costs) / len(costs) * (BACKWARD if visit.weight else 1.0)
+        asks |= visit.teacher > 0
+    return total + (teachers_macs if asks else 0.0)
+
+
+def training_macs(
+    strategy: Strategy,
+    space: SearchSpace,
+    macs: Callable[[Arch], float],
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    teachers_macs: float = 0.0,
+    sampled: int = _SAMPLED_STEPS,
+) -> float:
+    """The multiply-accumulates for each image of a batch, of a run of `steps` steps, forecast from some.
+
+    The steps that are looked at are the middles of equal parts of the run; archs are drawn from a seed.
+
+    Args:
+        strategy: whose visits are counted.
+        space: what is trained.
+        macs: of an arch's forward pass on one image.
+        steps: of the run.
+        steps_per_epoch: of the data.
+        teachers_macs: of one forward pass of all teachers.
+        sampled: how many steps are looked at.
+    """
+    total = 0.0
+    for part in range(sampled):
+        progress = Progress(int((part + 0.5) * steps / sampled), steps, steps_per_epoch)
+        # chance by the part and not by the step: runs of any length draw alike, and a longer one costs more
+        visits = strategy.visits(space, progress, random.Random(f"forecast/{part}"))
+        total += visits_macs(visits, macs, teachers_macs=teachers_macs)
+    return total / sampled * steps
+
+
+def steps_for(
+    budget: float,
+    strategy: Strategy,
+    space: SearchSpace,
+    macs: Callable[[Arch], float],
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    teachers_macs: float = 0.0,
+) -> int:
+    """How many steps `strategy` may take for `budget` multiply-accumulates, at least 1.
+
+    What a step costs depends on how long the run is where a phase is told in epochs, so the number is looked
+    for by bisection.
+
+    Raises:
+        ValueError: the budget does not suffice for one step.
+    """
+
+    def needed(steps: int) -> float:
+        macs_of_image = training_macs(
+            strategy, space, macs, steps=steps, steps_per_epoch=steps_per_epoch, teachers_macs=teachers_macs
+        )
+        return macs_of_image * batch_size
+
+    if needed(1) > budget:
+        raise ValueError(f"one step costs {needed(1):.3g} multiply-accumulates, the budget is {budget:.3g}")
+    enough, too_many = 1, 2
+    while needed(too_many) <= budget:
+        enough, too_many = too_many, 2 * too_many
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if needed(middle) <= budget else (enough, middle)
+    return enough
