@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -20,8 +21,8 @@ from safetensors.numpy import save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
-    "arch_switch", "convert_sweep", "cost_counter", "kill_resume", "lending_overhead", "timm_sweep",
-    "verify_export",
+    "arch_switch", "convert_sweep", "cost_counter", "ddp", "kill_resume", "lending_overhead", "strategies",
+    "timm_sweep", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -41,6 +42,10 @@ def size(largest: float, sandwich: float, faster: float) -> dict[str, Any]:
     return {"ratios": {name: {"median": median} for name, median in medians.items()}}
 
 
+def strategy_row(area: float) -> dict[str, Any]:
+    return {measure: [area, area + 0.01, area - 0.01] for measure in ("smallest", "largest", "area")}
+
+
 def good_figures(name: str) -> dict[str, Any]:
     kill = {"worker_ended": True}
     if name == "lending_overhead":
@@ -55,6 +60,21 @@ def good_figures(name: str) -> dict[str, Any]:
         return {"models": {f"{k}{i}": {"kind": k, **held} for k, n in kinds.items() for i in range(n)}}
     if name == "cost_counter":
         return {"models": {"a": {"macs": 100, "counted_macs": 100, "params": 7, "counted_params": 7}}}
+    if name == "ddp":
+        space = {"difference": 3e-7, "float32": 0.1, "exchanges": 1}
+        spaces = {"vit_cifar": space, "mobilenet_cifar_small": {**space, "exchanges": 200}}
+        return {
+            "spaces": spaces, "resumed_difference": 1e-5, "step_seconds": 0.5, "averaging_seconds": 0.01,
+        }  # fmt: skip
+    if name == "training_speed":
+        medians = {"built in the step": 1.2, "averaged": 1.01, "curriculum": 0.7}
+        ratios = {each: {"median": median} for each, median in medians.items()}
+        return {"ratios": ratios, "curriculum_pixels": 0.65}
+    if name == "strategies":
+        # accuracies of three seeds: delayed shrinking is the best, the dearer of the others behind it
+        areas = {"delayed-shrinking": 0.70, "delayed-shrinking at 0.6x": 0.69, "sandwich, cosine": 0.68}
+        areas |= {"delayed-shrinking, no ramp": 0.67, "progressive-shrinking": 0.66}
+        return {"entries": {entry: strategy_row(area) for entry, area in areas.items()}}
     if name == "timm_sweep":
         row = {"full_size": True, "elastic": ["a", "b"], "subnets": 5, "subnet_differences": [0.0]}
         row |= {"full_size_difference": 0.0}
@@ -100,6 +120,17 @@ BAD: list[tuple[str, Edit]] = [
     ("cost_counter", change("models", "a", "macs", to=101)),
     ("cost_counter", change("models", "a", "params", to=6)),
     ("cost_counter", change("models", "a", "macs", to=float("nan"))),
+    ("ddp", change("spaces", "vit_cifar", "difference", to=2e-6)),
+    ("ddp", change("spaces", "vit_cifar", "exchanges", to=4)),
+    ("ddp", change("spaces", "mobilenet_cifar_small", "difference", to=float("nan"))),
+    ("ddp", change("resumed_difference", to=1e-3)),
+    ("training_speed", change("ratios", "averaged", "median", to=1.06)),
+    ("training_speed", change("ratios", "curriculum", "median", to=float("nan"))),
+    ("strategies", change("entries", "progressive-shrinking", "smallest", to=[0.9, 0.9, 0.9])),
+    ("strategies", change("entries", "delayed-shrinking at 0.6x", "smallest", to=[0.6, 0.6, 0.6])),
+    ("strategies", change("entries", "sandwich, cosine", "area", to=[0.7, 0.71, 0.69])),
+    ("strategies", change("entries", "delayed-shrinking, no ramp", "area", to=[0.5, 0.9, 0.6])),
+    ("strategies", change("entries", "delayed-shrinking, no ramp", "area", to=[float("nan")] * 3)),
     ("timm_sweep", change("rows", 0, "full_size", to=False)),
     ("timm_sweep", change("rows", 0, "full_size_difference", to=1e-3)),
     ("timm_sweep", change("rows", 0, "subnet_differences", to=[0.0, 1e-3])),
@@ -180,6 +211,110 @@ def test_the_space_is_that_of_once_for_all(load: Load) -> None:
     assert len(space.open_choices) == 45
     # each block has 9 forms, each of five stages 2 to 4 blocks
     assert space.size == (9**2 + 9**3 + 9**4) ** 5
+
+
+def test_a_claim_holds_beyond_two_standard_errors_seed_by_seed(load: Load) -> None:
+    module, figures = load("strategies"), good_figures("strategies")
+    claim = module.CLAIMS[3]
+    rows = figures["entries"]
+    rows[claim.better]["area"] = [0.71, 0.61, 0.51]  # seeds differ by more than strategies do
+    for worse, verdict in (
+        ([0.70, 0.59, 0.50], "holds"),
+        ([0.72, 0.63, 0.52], "does not hold"),
+        ([0.70, 0.65, 0.50], "undecided"),
+    ):
+        rows[claim.worse]["area"] = worse
+        assert module.verdict(figures, claim) == verdict
+    mean, error = module.difference(figures, claim, "area")
+    gained = np.array(rows[claim.better]["area"]) - rows[claim.worse]["area"]
+    assert (mean, error) == pytest.approx((gained.mean(), gained.std(ddof=1) / np.sqrt(3)))
+    rows[claim.better]["area"], rows[claim.worse]["area"] = [0.9], [0.1]
+    assert module.verdict(figures, claim) == "undecided"  # one seed knows no error
+    del rows[claim.worse]
+    assert module.verdict(figures, claim) == "undecided"
+
+
+def test_the_best_is_looked_for_at_equal_compute(load: Load) -> None:
+    figures = good_figures("strategies")
+    assert (
+        load("strategies").sentence(figures).startswith("greatest area at equal compute: delayed-shrinking,")
+    )
+
+
+def strategy_jobs(load: Load, folder: Path, *entries: str) -> list[Any]:
+    """Trainings of the benchmark's entries with a tiny budget, planned without images."""
+    known = load("strategies_entries").ENTRIES
+    jobs = load("strategies_jobs")
+    size = dataclasses.replace(load("strategies_entries").SIZES["quick"], budget=1e11, sampled=4)
+    return [
+        jobs.Job(name, known[name], size, 0, "none", jobs.mean_step(known[name], size, folder / name), folder)
+        for name in entries
+    ]
+
+
+def test_every_strategy_may_spend_the_same_compute(load: Load, tmp_path: Path) -> None:
+    jobs = strategy_jobs(load, tmp_path, "alone", "single-path", "delayed-shrinking at 0.6x")
+    for job in jobs:
+        spent = job.steps * job.size.batch_size * job.macs_of_step
+        assert 0.95 < spent / (job.entry.share * job.size.budget) <= 1
+    alone, single_path, _ = jobs
+    largest = load("strategies_jobs").macs(load("strategies_jobs").space_of(alone.size).largest)
+    assert alone.macs_of_step == 3 * largest
+    assert single_path.steps > alone.steps
+
+
+def test_the_loop_takes_as_many_steps_as_were_bought(load: Load, tmp_path: Path) -> None:
+    (job,) = strategy_jobs(load, tmp_path, "alone")
+    config = load("strategies_jobs").config_of(job, per_epoch=156)
+    assert round(config.epochs * 156) == job.steps
+    assert config.ramp_epochs == pytest.approx(job.entry.ramp * config.epochs)
+
+
+def test_results_of_other_settings_are_not_taken(load: Load) -> None:
+    entries, size = load("strategies_entries").ENTRIES, load("strategies_entries").SIZES["quick"]
+    key_of = load("strategies_jobs").key_of
+    entry = entries["sorted-net"]
+    key = key_of("a", entry, size, "images")
+    assert key_of("a", entry, dataclasses.replace(size, seeds=9), "images") == key
+    others = [
+        key_of("a", entry, dataclasses.replace(size, budget=1.0), "images"),
+        key_of("a", dataclasses.replace(entry, ramp=0.5), size, "images"),
+        key_of("a", entry, size, "other images"),
+    ]
+    assert key not in others
+
+
+@pytest.mark.parametrize("words", [["--only", "sandwitch"], ["--processes", "0"], ["--budget", "0"]])
+def test_options_of_the_leaderboard_are_refused_early(words: list[str], load: Load) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load("strategies").main(words)
+    assert ended.value.code == 2
+
+
+def test_without_images_the_leaderboard_ends_with_2(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load("strategies").main(["--data", str(tmp_path / "none")]) == 2
+    assert "--data names one" in capsys.readouterr().err
+
+
+def test_the_leaderboard_is_written_as_table_and_plot(load: Load, tmp_path: Path) -> None:
+    module = load("strategies")
+    size = load("strategies_entries").SIZES["quick"]
+    names = ("alone", "single-path")
+    results = [
+        {
+            "entry": name, "seed": seed, "steps": 2, "images": 128, "macs": 1e9, "seconds": 1.0,
+            "archs": ["a", "b"], "arch_macs": [10, 100], "top1": [0.1, 0.3],
+            "smallest": 0.1, "middle": 0.2, "largest": 0.3 + seed / 10, "area": 0.2,
+        }
+        for seed in (1, 0) for name in names
+    ]  # fmt: skip
+    figures = module.gather(results, {name: module.ENTRIES[name] for name in names}, size)
+    assert figures["entries"]["alone"]["largest"] == [0.3, 0.4]  # in the order of the seeds
+    assert "| alone | 10.0 ± 0.0 | 20.0 ± 0.0 | 35.0 ± 7.1 | 20.00 ± 0.00 |" in module.table(figures)
+    module.draw(figures, tmp_path / "plot.svg")
+    assert "<!-- single-path -->" in (tmp_path / "plot.svg").read_text()
 
 
 def write_tensors(path: Path, **tensors: np.ndarray[Any, Any]) -> Path:
