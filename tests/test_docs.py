@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nestling.config import load_config
+from nestling.config import READ_BY, TrainConfig, load_config
 from nestling.models.building import build_shapes
 from nestling.models.families import family
 from nestling.models.soundness import check
@@ -49,6 +49,17 @@ def test_the_readme_s_map_is_the_tree() -> None:
         if path.name not in {"__pycache__", "__init__.py", "py.typed"}
     }
     assert names == there
+
+
+def test_the_readme_names_every_strategy_and_only_keys_that_there_are() -> None:
+    part = (ROOT / "README.md").read_text().split("## Training\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    strategies = {row[0].split("`")[1]: row[2] for row in rows if len(row) == 3}
+    options = [row[0] for row in rows if len(row) == 2]
+    assert strategies.keys() == READ_BY.keys()
+    assert options
+    keys = set(re.findall(r"`([a-z_]+)[` ]", " ".join([*strategies.values(), *options]))) - {"false"}
+    assert keys <= TrainConfig.model_fields.keys()
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
