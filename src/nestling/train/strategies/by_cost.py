@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 
 from nestling.space import Arch, SearchSpace
 from nestling.space.sampling import CostSampler
-from nestling.train.schedules import Cosine, Schedule
-from nestling.train.strategies.visits import Divergence, Keeps, Progress, Visit
+from nestling.train.strategies.visits import Divergence, Keeps, Progress, Strategy, Visit
 
 _HISTOGRAM_ARCHS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Attentive:
+class Attentive(Strategy):
     """Attentive sampling (AttentiveNAS, Wang et al. 2021, arXiv 2011.09011): BestUp and WorstUp.
 
     A sandwich whose random subnets are the winners of a look ahead: a cost is drawn as it occurs among random
@@ -63,19 +62,9 @@ class Attentive:
         first, *rivals = drawn
         return replace(taught, arch=first, rivals=tuple(rivals), keeps=self.keeps)
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
-
 
 @dataclass(frozen=True, slots=True)
-class Shifting:
+class Shifting(Strategy):
     """A sandwich whose random subnets come from the costs that have most left to learn.
 
     After ShiftNAS (Zhang et al. 2023, arXiv 2307.08300), which learns the likelihood of each bin of costs
@@ -124,16 +113,6 @@ class Shifting:
         total = sum(gaps)
         shares = [gap / total for gap in gaps] if total > 0 else [1 / len(bins) for _ in bins]
         return [self.floor / len(bins) + (1 - self.floor) * share for share in shares]
-
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
 
 
 def guessing(sampler: CostSampler) -> CostSampler:

@@ -6,12 +6,11 @@ import random
 from dataclasses import dataclass
 
 from nestling.space import Arch, SearchSpace
-from nestling.train.schedules import Cosine, Schedule
-from nestling.train.strategies.visits import Progress, Visit
+from nestling.train.strategies.visits import Progress, Strategy, Visit
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class Alone(Strategy):
     """One network trained by itself, in the supernet's place: the reference for its shared weights.
 
     With `teacher` above 0 it learns from the averaged soft labels of teachers outside the supernet, without
@@ -33,19 +32,9 @@ class Alone:
         arch = space.largest if self.arch is None else self.arch
         return [Visit(arch, teacher=self.teacher, labels=self.labels)]
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
-
 
 @dataclass(frozen=True, slots=True)
-class SinglePath:
+class SinglePath(Strategy):
     """Single path one-shot (SPOS, Guo et al. 2020, arXiv 1904.00420): one random subnet a step, from labels.
 
     Every choice is drawn uniformly. The paper lets the learning rate fall linearly, here it is a cosine.
@@ -56,19 +45,9 @@ class SinglePath:
         del progress
         return [Visit(space.sample(rng))]
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
-
 
 @dataclass(frozen=True, slots=True)
-class SortedNet:
+class SortedNet(Strategy):
     """Sorted training (SortedNet, Valipour et al. 2023, arXiv 2309.00255).
 
     A step adds up the gradients of `random_subnets` subnets, each drawn uniformly from a set of nested ones
@@ -95,14 +74,9 @@ class SortedNet:
         del progress
         return False
 
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
-
 
 @dataclass(frozen=True, slots=True)
-class FixedList:
+class FixedList(Strategy):
     """A fixed list of subnets, all of them in each step (Starbucks, Zhuang et al. 2024, arXiv 2410.13230).
 
     The loss is the mean of the subnets' losses against the labels. The paper lists 6 pairs of depth and width
@@ -122,13 +96,3 @@ class FixedList:
         """All of the list, in its order."""
         del space, progress, rng  # every step is alike
         return [Visit(arch, weight=1 / len(self.archs)) for arch in self.archs]
-
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from nestling.space import Arch, SearchSpace
-from nestling.train.schedules import Schedule
+from nestling.train.schedules import Cosine, Schedule
 
 Divergence = Literal["kl", "alpha"]
 Keeps = Literal["best", "worst"]
@@ -77,7 +77,10 @@ class Progress:
 
 
 class Strategy(Protocol):
-    """A recipe: a pure function from progress and chance to the visits of one step."""
+    """A recipe: a pure function from progress and chance to the visits of one step.
+
+    One that names this class keeps what it does not say otherwise: no sorting, and one cosine.
+    """
 
     def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
         """The visits of the step at `progress`, in the order in which they run."""
@@ -85,8 +88,10 @@ class Strategy(Protocol):
 
     def sorts_channels(self, progress: Progress) -> bool:
         """Whether channels are sorted by importance before the step at `progress`."""
-        ...
+        del progress
+        return False
 
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         """The learning rate of a run of `steps` steps whose highest is `lr`."""
-        ...
+        del steps_per_epoch
+        return Cosine(lr, warmup_steps, steps)
