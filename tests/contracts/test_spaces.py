@@ -43,6 +43,7 @@ from nestling.models.building import build_shapes
 from nestling.models.cost import Cost, cost
 from nestling.models.families import Family, family
 from nestling.models.graph import trace
+from nestling.models.meaning import complaints
 from nestling.models.supernet import Supernet, at_resolution
 from nestling.space import Arch, Choice, SearchSpace, Value, load_space
 from nestling.train.evaluate import recalibrate
@@ -316,3 +317,18 @@ def test_a_shrunken_space_keeps_every_choice_open() -> None:
         space = load_space(path)
         small = shrunken(space)
         assert [c.name for c in small.open_choices] == [c.name for c in space.open_choices], path.stem
+
+
+SMALL = ("mobilenet_cifar_small", "mobilenet_digits", "resnet_cifar", "timm_resnet18", "vit_cifar")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=() if p.stem in SMALL else pytest.mark.slow) for p in SPACES],
+)
+def test_what_is_lent_means_the_same_in_a_smaller_network(path: Path) -> None:
+    space = load_space(path).with_constants({"classes": 10})
+    side = space.by_name["resolution"].values[0]
+    space = space.only({"resolution": [side]})
+    its = family(space.family)
+    assert complaints(space, its.build, layout=its.layout) == []
