@@ -42,8 +42,8 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size((16, 20, 24), 10_000, 5000, 64, 2.4e12, 0.1, 9, 3, 400),
-    "quick": Size((16, 20, 24), 10_000, 2000, 64, 3e11, 0.1, 5, 2, 100),
+    "cpu": Size((16, 20, 24), 10_000, 5000, 64, 2.4e12, 0.2, 9, 3, 400),
+    "quick": Size((16, 20, 24), 10_000, 2000, 64, 3e11, 0.2, 5, 2, 100),
     "gpu": Size((16, 20, 24, 28, 32), 45_000, 10_000, 512, 1e14, 0.4, 17, 1, 400, "cuda"),
 }
 
@@ -81,6 +81,9 @@ DEPS = {"strategy": "delayed-shrinking"}
 ENTRIES: Mapping[str, Entry] = {
     "alone": Entry("the largest network alone: the reference for it", {"strategy": "alone"}),
     "single-path": Entry("SPOS, arXiv 1904.00420", {"strategy": "single-path"}),
+    "single-path, coarse first": Entry(
+        "SPOS, the lowest resolution alone in the first half", {"strategy": "single-path", "coarse": 0.5}
+    ),
     "sorted-net": Entry("SortedNet, arXiv 2309.00255", {"strategy": "sorted-net"}),
     "fixed-list": Entry(
         "Starbucks, arXiv 2410.13230, 4 networks from smallest to largest",

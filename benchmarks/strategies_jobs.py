@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import threading
 import time
@@ -33,8 +34,8 @@ from nestling.space.sampling import stratified
 from nestling.train.evaluate import recalibrate, top1
 from nestling.train.loop import train
 from nestling.train.quality import along_cost, area
-from nestling.train.strategies import make_strategy
-from nestling.train.strategies.accounting import training_macs
+from nestling.train.strategies import Progress, Strategy, Visit, make_strategy
+from nestling.train.strategies.accounting import training_macs, visits_macs
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "resnet_cifar.toml"
@@ -132,7 +133,7 @@ def run_job(job: Job) -> dict[str, Any]:
     kin = family("resnet")
     torch.manual_seed(job.seed)
     supernet = Supernet(space, kin.build, layout=kin.layout).to(size.device)
-    strategy = make_strategy(config, space=space, cost=macs, seed=job.seed)
+    strategy = Counted(make_strategy(config, space=space, cost=macs, seed=job.seed))
     training = job.folder / f"seed-{job.seed}"
     records = train(
         supernet,
@@ -156,7 +157,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "steps": records[-1].step,
         "images": records[-1].step * size.batch_size,
-        "macs": records[-1].step * size.batch_size * job.macs_of_step,
+        "macs": records[-1].step * size.batch_size * strategy.mean(otherwise=job.macs_of_step),
         "seconds": sum(record.seconds for record in records),  # those of a part that was killed are lost
         "scoring_seconds": time.monotonic() - began,
         "last_loss": records[-1].loss,
@@ -185,10 +186,46 @@ def score(supernet: Supernet, arch: Arch, data: Data, size: Size) -> float:
     return top1(network, tested).top1
 
 
+class Counted(Strategy):
+    """A strategy, and what the visits that it said really cost.
+
+    Those before a kill are not known; a mean of those after it stands for them.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self.sorts_channels, self.schedule = strategy.sorts_channels, strategy.schedule
+        self.freezes_teacher = strategy.freezes_teacher
+        self._macs, self._steps = 0.0, 0
+
+    def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
+        """What the strategy says."""
+        said = self._strategy.visits(space, progress, rng)
+        self._macs += visits_macs(said, macs, teachers_macs=macs(space.largest))
+        self._steps += 1
+        return said
+
+    def mean(self, *, otherwise: float) -> float:
+        """Multiply-accumulates of a step, for each image; `otherwise` where no step was seen."""
+        return self._macs / self._steps if self._steps else otherwise
+
+
+@cache
+def code() -> str:
+    """A digest of all code that training and scoring run through."""
+    source = ROOT / "src" / "nestling"
+    files = [file for part in ("train", "models", "space", "data") for file in (source / part).rglob("*.py")]
+    files += [source / "config.py", Path(__file__)]
+    told = hashlib.sha256()
+    for file in sorted(files):
+        told.update(file.read_bytes())
+    return told.hexdigest()
+
+
 def key_of(name: str, entry: Entry, size: Size, fingerprint: str) -> str:
-    """What tells results of the same settings from others; the number of seeds is none of them."""
+    """What tells results of the same settings and code from others; the number of seeds is none of them."""
     settings = {**dataclasses.asdict(size), "seeds": None}
-    told = [dataclasses.asdict(entry), settings, WARMUP, SPACE.read_text(), fingerprint]
+    told = [dataclasses.asdict(entry), settings, SPACE.read_text(), fingerprint, code()]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     words = "".join(letter if letter.isalnum() else "-" for letter in name)
     return f"{words}-{digest[:12]}"
@@ -203,7 +240,15 @@ def mean_step(entry: Entry, size: Size, folder: Path) -> float:
         config = TrainConfig(**{**entry.train, "ramp_epochs": 0.0})
         strategy = make_strategy(config, space=space, cost=macs, seed=0)
         steps = size.sampled
-        total = training_macs(strategy, space, macs, steps=steps, steps_per_epoch=steps, sampled=steps)
+        total = training_macs(
+            strategy,
+            space,
+            macs,
+            steps=steps,
+            steps_per_epoch=steps,
+            teachers_macs=macs(space.largest),  # whom progressive shrinking freezes
+            sampled=steps,
+        )
         store(file, {"macs": total / steps})
     return float(json.loads(file.read_text())["macs"])
 

@@ -109,6 +109,8 @@ class TrainConfig(Part):
     """Attentive: which of them learns, by the loss on the batch: BestUp or WorstUp."""
     floor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
     """Shifting: the part of draws that is uniform over the bins of cost."""
+    coarse: Fraction = 0.0
+    """Single-path: the part of the run, its first, in which images have the lowest resolution."""
     teachers: tuple[str, ...] = ()
     """Alone, progressive shrinking: timm's names of networks whose averaged soft labels are learnt from, each
     followed by `=PATH` where its weights are in a file."""
@@ -162,7 +164,7 @@ READ_BY: Mapping[str, frozenset[str]] = {
     "fixed-list": frozenset({"subnets", "spread"}),
     "attentive": frozenset({"divergence"}),
     "shifting": frozenset({"divergence"}),
-    "single-path": frozenset(),
+    "single-path": frozenset({"coarse"}),
     "alone": frozenset({"subnets", "teachers", "teacher_weight", "teacher_labels"}),
 }
 """Strategy -> those keys that it reads of all that say which subnets learn, and from whom."""

@@ -153,6 +153,7 @@ class Watched:
     def __init__(self, strategy: Strategy, trained: Trained) -> None:
         self.strategy, self.trained = strategy, trained
         self.sorts_channels, self.schedule = strategy.sorts_channels, strategy.schedule
+        self.freezes_teacher = strategy.freezes_teacher
 
     def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
         self.trained.visited.append(self.strategy.visits(space, progress, rng))

@@ -7,6 +7,7 @@ are the important ones.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nestling.models.building import Build, build_shapes
 from nestling.models.channels import ChannelGroup, channel_groups
+from nestling.space import SearchSpace
 
 
 def importance_order(state: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
@@ -64,8 +67,37 @@ def by_activation(images: Tensor) -> Orders:
     return orders
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of each tensor of a network, by name."""
+
+_RANDOM_ARCHS = 64
+
+
+def shapes_within(build: Build, part: SearchSpace) -> list[Shapes]:
+    """The shapes of networks in which every width that `part` opens occurs.
+
+    They are its smallest and largest network with each value of each choice, and random ones, in which widths
+    occur that depend on several choices.
+    """
+    ends = (part.smallest, part.largest)
+    drawn = [
+        part.canonical({**end, choice.name: value})
+        for end in ends
+        for choice in part.open_choices
+        for value in choice.values
+    ]
+    rng = random.Random("widths")
+    drawn += [part.sample(rng) for _ in range(_RANDOM_ARCHS if part.open_choices else 0)]
+    found = [_state(build_shapes(build, arch)) for arch in dict.fromkeys((*ends, *drawn))]
+    return [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in found]
+
+
 def sort_channels(
-    network: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, importance: Orders = by_weight
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    importance: Orders = by_weight,
+    nested: Sequence[Shapes] = (),
 ) -> int:
     """Sorts `network`'s channels by importance, in place; returns how many groups were sorted.
 
@@ -76,6 +108,8 @@ def sort_channels(
         network: whose channels are sorted.
         optimizer: what trains it.
         importance: orders the channels: `by_weight`, or `by_activation(images)`.
+        nested: the shapes of subnets that keep what they compute: the leading channels that one of them has
+            stay the leading ones, sorted among themselves.
 
     Raises:
         Unsortable: the network's data flow cannot be followed.
@@ -85,6 +119,7 @@ def sort_channels(
     orders = importance(network, groups)
     with torch.no_grad():
         for group, order in zip(groups, orders, strict=True):
+            order = _within_bands(order, _widths(group, state, nested))
             for name, axis in group.axes:
                 _permute(state[name], order, axis)
                 if optimizer is not None and name in parameters:
@@ -93,6 +128,19 @@ def sort_channels(
                         if isinstance(value, Tensor) and value.shape == state[name].shape:
                             _permute(value, order, axis)
     return len(groups)
+
+
+def _widths(group: ChannelGroup, state: Mapping[str, Tensor], nested: Sequence[Shapes]) -> list[int]:
+    """How many of the group's channels the nested networks have, in ascending order."""
+    axes = [(name, axis) for name, axis in group.axes if state[name].shape[axis] == group.size]
+    found = {shapes[name][axis] for shapes in nested for name, axis in axes if name in shapes}
+    return sorted(found - {group.size})
+
+
+def _within_bands(order: Tensor, widths: Sequence[int]) -> Tensor:
+    """`order` (channels,) with the channels of a band, between two widths, together; the first band first."""
+    bands = torch.bucketize(order, torch.tensor(widths, dtype=order.dtype), right=True)
+    return order[torch.argsort(bands, stable=True)]
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -139,8 +139,10 @@ class Workbench:
 
     @cached_property
     def teachers_macs(self) -> int:
-        """The multiply-accumulates of one image through all teachers."""
-        held = self.teachers.teachers if self.teachers else ()
+        """The multiply-accumulates of one image through all teachers, or else through a frozen largest."""
+        if self.teachers is None:
+            return self.macs(self.space.largest)
+        held = self.teachers.teachers
         return sum(cost(teacher.network, teacher.side or self.data.size).macs for teacher in held)
 
     @property

@@ -20,7 +20,7 @@ from nestling.data.curriculum import CURRICULA, CurriculumStream
 from nestling.models.channels import channel_groups
 from nestling.models.compiling import compiled_calls
 from nestling.models.initialization import zero_last_norms
-from nestling.models.sorting import sort_channels
+from nestling.models.sorting import shapes_within, sort_channels
 from nestling.models.supernet import Supernet
 from nestling.space import Arch
 from nestling.train.averaging import WeightAverage, averaged_weights
@@ -38,6 +38,7 @@ from nestling.train.lessons import LessonError, Teachers, remember, teach
 from nestling.train.optimization import Precision, make_optimizer
 from nestling.train.records import TrainingRecord, append_record, read_records, write_records
 from nestling.train.strategies import Progress, Strategy
+from nestling.train.teachers import Frozen, refrozen
 
 DIVERGED = 3.0
 RECENT_STEPS = 50
@@ -108,7 +109,8 @@ def train(
     trained = list(parameters.values())
     optimizer = make_optimizer(supernet.largest, config)
     precision = Precision(config.amp, torch.device(device))
-    if any(strategy.sorts_channels(Progress(step, steps, per_epoch)) for step in range(steps)):
+    sorted_at = (strategy.sorts_channels(supernet.space, Progress(s, steps, per_epoch)) for s in range(steps))
+    if any(part is not None for part in sorted_at):
         channel_groups(supernet.largest)  # a network that cannot be sorted is refused now, not at the switch
 
     begun = ranks.from_first(lambda: load_checkpoint(folder))
@@ -117,6 +119,7 @@ def train(
         restore(supernet, begun, averaged=False)
         restore_optimizer(optimizer, begun.tensors, parameters)
         precision.load(begun.state["scaler"])
+        teachers = refrozen(supernet, begun.tensors) or teachers
     elif config.zero_last_norms:
         zero_last_norms(supernet.largest)
     ranks.share(supernet.largest)
@@ -136,6 +139,8 @@ def train(
     def save(step: int) -> None:
         tensors = {f"largest/{name}": t for name, t in supernet.largest.state_dict().items()}
         tensors |= optimizer_tensors(optimizer, parameters)
+        if isinstance(teachers, Frozen):
+            tensors |= teachers.tensors()
         state = {"scaler": precision.state(), "first_loss": first_loss, "gaps": gaps}
         if averaged is not None:
             tensors |= averaged.tensors()
@@ -163,8 +168,11 @@ def train(
     batches = stream.batches(start_step=first, batch_size=batch_size, augment=augment, device=device)
     for step in range(first, steps):
         progress = Progress(step, steps, per_epoch, gaps)
-        if strategy.sorts_channels(progress):
-            sort_channels(supernet.largest, optimizer)
+        if strategy.freezes_teacher(progress):
+            teachers = Frozen(supernet)
+        trained_part = strategy.sorts_channels(supernet.space, progress)
+        if trained_part is not None:
+            sort_channels(supernet.largest, optimizer, nested=shapes_within(supernet.build, trained_part))
             if averaged is not None:
                 averaged.restart()
         torch.manual_seed(_mix(seed, step) + ranks.rank)

@@ -1,8 +1,8 @@
-"""Teachers outside the supernet: pretrained timm networks whose soft labels are averaged."""
+"""Teachers outside the supernet: pretrained timm networks, and the largest network as it once was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from nestling.models import timm_family
 from nestling.models.supernet import Supernet
 from nestling.models.timm_arguments import recipe_of
 from nestling.space import Arch, Value
+
+_PREFIX = "teacher/"
 
 Colours = tuple[float, ...]
 """For each channel, as a fraction of 255."""
@@ -107,23 +109,44 @@ def load_teacher(name: str, *, classes: int) -> Teacher:
     return Teacher(network, side, tuple(config["mean"]), tuple(config["std"]))
 
 
-def frozen(supernet: Supernet) -> Callable[[Tensor], Tensor]:
-    """Gives the soft labels of the largest network as it is now, whatever becomes of `supernet`.
+class Frozen:
+    """The soft labels of the largest network as it is now, whatever becomes of `supernet`.
 
-    Batches are normalized by their own statistics, as once-for-all's teacher does (arXiv 1908.09791): after
-    its first phase, of the largest network alone, it teaches all later ones.
+    Called with images (N, 3, H, W) it gives probabilities (N, classes) without gradients. Batches are
+    normalized by their own statistics, as once-for-all's teacher does (arXiv 1908.09791): after its first
+    phase, of the largest network alone, it teaches all later ones.
+
+    Args:
+        supernet: whose largest network is copied.
+        tensors: weights in place of those that the network has now: what `tensors` gave.
     """
-    largest = supernet.space.largest
-    copy = Supernet(
-        supernet.space, supernet.build, layout=supernet.layout, largest=supernet.materialize(largest)
-    ).eval()
 
-    def soft_labels(images: Tensor) -> Tensor:
+    def __init__(self, supernet: Supernet, tensors: Mapping[str, Tensor] | None = None) -> None:
+        space = supernet.space
+        network = supernet.materialize(space.largest)
+        if tensors is not None:
+            network.load_state_dict(_held(tensors))
+        copy = Supernet(space, supernet.build, layout=supernet.layout, largest=network)
+        self._copy = copy.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities (N, classes), float32."""
         with torch.no_grad():
-            logits: Tensor = copy(images, largest)
+            logits: Tensor = self._copy(images, self._copy.space.largest, at_most=images.shape[-1])
         return logits.float().softmax(dim=1)
 
-    return soft_labels
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights, for a checkpoint."""
+        return {f"{_PREFIX}{name}": tensor for name, tensor in self._copy.largest.state_dict().items()}
+
+
+def refrozen(supernet: Supernet, tensors: Mapping[str, Tensor]) -> Frozen | None:
+    """The frozen teacher that a checkpoint's `tensors` hold; None where they hold none."""
+    return Frozen(supernet, tensors) if _held(tensors) else None
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from nestling.models.channels import ChannelGroup, channel_groups
 from nestling.models.mobilenet import build
-from nestling.models.sorting import by_activation, importance_order, sort_channels
+from nestling.models.sorting import by_activation, importance_order, shapes_within, sort_channels
+from nestling.models.supernet import Supernet
 from nestling.space import SearchSpace
 
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -90,6 +92,22 @@ def test_after_sorting_the_importance_of_channels_falls(space: SearchSpace) -> N
     assert sort_channels(network) == len(groups)
     for group in groups:
         assert bool((importance(group).diff() <= 1e-12).all()), group.axes[0]
+
+
+def test_subnets_that_are_trained_already_compute_the_same_after_sorting(space: SearchSpace) -> None:
+    part = space.only({**{c.name: c.values[-1:] for c in space.open_choices}, "s2.width": (16, 24)})
+    supernet = Supernet(space, build, largest=randomize(build(space.largest))).eval()
+    resolution = space.largest.integer("resolution")
+    images = torch.randn(2, 3, resolution, resolution, dtype=torch.float64)
+    trained = [part.smallest, *(part.sample(random.Random(seed)) for seed in range(5))]
+    smaller = space.smallest
+    with torch.no_grad():
+        before = [supernet(images, arch) for arch in (*trained, smaller)]
+        sort_channels(supernet.largest, nested=shapes_within(build, part))
+        *after, of_smaller = [supernet(images, arch) for arch in (*trained, smaller)]
+    for was, now in zip(before, after, strict=False):
+        assert torch.allclose(was, now, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(before[-1], of_smaller)  # it has better channels now
 
 
 def test_channels_of_equal_importance_keep_their_order() -> None:

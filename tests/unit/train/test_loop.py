@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nestling.config import TrainConfig
 from nestling.data import Batch
 from nestling.models.channels import Unsortable
 from nestling.models.compiling import Call, call_lent
-from nestling.models.sorting import sort_channels
+from nestling.models.sorting import Shapes, sort_channels
 from nestling.models.supernet import Supernet
 from nestling.space import Arch, SearchSpace
 from nestling.train import lessons, loop
@@ -99,7 +99,7 @@ def new_supernet(space: SearchSpace, config: TrainConfig) -> Supernet:
 
 
 @dataclass(frozen=True)
-class Visits:
+class Visits(Strategy):
     """A strategy that says the same at every step."""
 
     visited: tuple[Visit, ...]
@@ -107,10 +107,6 @@ class Visits:
     def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
         del space, progress, rng
         return list(self.visited)
-
-    def sorts_channels(self, progress: Progress) -> bool:
-        del progress
-        return False
 
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         del steps_per_epoch
@@ -260,11 +256,13 @@ def test_channels_are_sorted_once_before_the_step_of_the_switch(
     sorted_after: list[int] = []
     done = [0]
 
-    def counting(network: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    def counting(
+        network: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, nested: Sequence[Shapes]
+    ) -> int:
         sorted_after.append(done[0])
         assert optimizer is not None
         assert optimizer.state
-        return sort_channels(network, optimizer)
+        return sort_channels(network, optimizer, nested=nested)
 
     def on_record(record: TrainingRecord, _: Progress) -> None:
         done[0] = record.step

@@ -57,7 +57,7 @@ def test_strategies_have_the_hyper_parameters_of_the_configuration(space: Search
         ({"strategy": "alone", "teachers": ("resnet18",)}, Alone(teacher=1.0, labels=0.0)),
         (
             {"strategy": "progressive-shrinking", "teacher_weight": 0.5, "sort_channels": False},
-            ProgressiveShrinking(phases_of(space), "largest", 0.5, sort_channels=False),
+            ProgressiveShrinking(phases_of(space), "frozen", 0.5, sort_channels=False),
         ),
         (
             {"strategy": "progressive-shrinking", "teachers": ("resnet18",)},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import Literal
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_the_phases_have_the_published_numbers_of_subnets(space: SearchSpace) ->
 
 
 def test_subnets_learn_from_labels_and_from_the_largest_of_the_same_step(space: SearchSpace) -> None:
-    strategy = ProgressiveShrinking(distilled=0.5)
+    strategy = ProgressiveShrinking(teacher="largest", distilled=0.5)
     assert strategy.visits(space, Progress(3, STEPS, 1), random.Random(0)) == [Visit(space.largest)]
     teaches, *taught = strategy.visits(space, Progress(500, STEPS, 1), random.Random(0))
     assert teaches == Visit(space.largest, weight=0.0)
@@ -103,18 +104,35 @@ def test_subnets_learn_from_labels_and_from_the_largest_of_the_same_step(space: 
         )
 
 
-def test_subnets_learn_from_labels_and_from_a_teacher_outside(space: SearchSpace) -> None:
-    strategy = ProgressiveShrinking(teacher="outside", distilled=2.0)
+@pytest.mark.parametrize("teacher", ["outside", "frozen"])
+def test_subnets_learn_from_labels_and_from_a_teacher_outside(
+    space: SearchSpace, teacher: Literal["outside", "frozen"]
+) -> None:
+    strategy = ProgressiveShrinking(teacher=teacher, distilled=2.0)
     visits = strategy.visits(space, Progress(500, STEPS, 1), random.Random(0))
     assert len(visits) == 4
     assert {(v.learns_from, v.teacher, v.labels_weight, v.weight) for v in visits} == {(None, 2.0, 1.0, 1.0)}
 
 
-def test_channels_are_sorted_before_each_phase_of_expansions() -> None:
-    sorts = [s for s in range(STEPS) if ProgressiveShrinking().sorts_channels(Progress(s, STEPS, 1))]
-    assert sorts == [455, 480]
+def test_channels_are_sorted_before_each_phase_of_expansions_and_spare_what_is_trained(
+    space: SearchSpace,
+) -> None:
+    strategy = ProgressiveShrinking()
+    parts = {s: strategy.sorts_channels(space, Progress(s, STEPS, 1)) for s in range(STEPS)}
+    sorts = {step: part for step, part in parts.items() if part is not None}
+    assert list(sorts) == [455, 480]
+    for step, part in sorts.items():
+        trained = strategy.phases[strategy._phase(Progress(step - 1, STEPS, 1))]
+        assert part == opened_part(space, tuple(trained.opened.items()))
     never = ProgressiveShrinking(sort_channels=False)
-    assert not any(never.sorts_channels(Progress(s, STEPS, 1)) for s in range(STEPS))
+    assert all(never.sorts_channels(space, Progress(s, STEPS, 1)) is None for s in range(STEPS))
+
+
+def test_the_largest_network_is_frozen_once_its_own_phase_ends() -> None:
+    frozen = [s for s in range(STEPS) if ProgressiveShrinking().freezes_teacher(Progress(s, STEPS, 1))]
+    assert frozen == [180]
+    outside = ProgressiveShrinking(teacher="outside")
+    assert not any(outside.freezes_teacher(Progress(s, STEPS, 1)) for s in range(STEPS))
 
 
 def test_the_learning_rate_of_each_phase_is_the_published_one() -> None:

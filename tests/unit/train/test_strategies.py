@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nestling.space import Arch, SearchSpace
+from nestling.space import Arch, Choice, SearchSpace
 from nestling.train.schedules import Cosine
 from nestling.train.strategies import (
     Alone,
@@ -39,7 +39,7 @@ def test_a_sandwich_visits_the_largest_the_smallest_and_random_ones_that_learn_f
 def test_a_sandwich_is_alike_at_every_step_and_never_sorts(space: SearchSpace, step: int) -> None:
     strategy = Sandwich(random_subnets=0)
     assert len(strategy.visits(space, Progress(step, 10, 5), random.Random(0))) == 2
-    assert not strategy.sorts_channels(Progress(step, 10, 5))
+    assert strategy.sorts_channels(space, Progress(step, 10, 5)) is None
 
 
 @pytest.mark.parametrize("strategy", [Sandwich(), DelayedShrinking(switch=0.0)])
@@ -69,11 +69,14 @@ def test_without_a_ramp_subnets_count_in_full_at_once(space: SearchSpace) -> Non
     assert weights(DelayedShrinking(switch=0.4, ramp_epochs=0), space, 40) == [1.0] * 4
 
 
-def test_channels_are_sorted_once_at_the_switch() -> None:
+def test_channels_are_sorted_once_at_the_switch_and_spare_the_largest(space: SearchSpace) -> None:
     strategy = DelayedShrinking(switch=0.4)
-    assert [s for s in range(100) if strategy.sorts_channels(Progress(s, 100, 10))] == [40]
+    parts = {s: strategy.sorts_channels(space, Progress(s, 100, 10)) for s in range(100)}
+    sorts = {step: part for step, part in parts.items() if part is not None}
+    assert list(sorts) == [40]
+    assert sorts[40].smallest == sorts[40].largest == space.largest
     never = DelayedShrinking(switch=1.0)
-    assert not any(never.sorts_channels(Progress(s, 100, 10)) for s in range(100))
+    assert all(never.sorts_channels(space, Progress(s, 100, 10)) is None for s in range(100))
 
 
 def test_a_sandwich_without_its_tail_has_the_cosine_that_alphanet_has() -> None:
@@ -109,6 +112,18 @@ def test_alone_one_network_learns_from_labels_or_from_teachers(space: SearchSpac
 def test_a_single_path_is_one_random_subnet_with_labels(space: SearchSpace) -> None:
     visits = SinglePath().visits(space, Progress(0, 10, 5), random.Random(4))
     assert visits == [Visit(space.sample(random.Random(4)))]
+
+
+def test_single_path_draws_the_lowest_resolution_alone_in_its_coarse_part(space: SearchSpace) -> None:
+    wide = SearchSpace(space.family, (*space.choices, Choice("resolution", (16, 24))))
+    strategy = SinglePath(coarse=0.5)
+    drawn = [strategy.visits(wide, Progress(s, 40, 5), random.Random(s))[0].arch for s in range(40)]
+    assert {arch["resolution"] for arch in drawn[:20]} == {16}
+    assert {arch["resolution"] for arch in drawn[20:]} == {16, 24}
+    assert len(set(drawn[:20])) > 1
+    assert strategy.visits(space, Progress(0, 40, 5), random.Random(0))  # a space without resolutions
+    with pytest.raises(ValueError, match=r"coarse is 1.5"):
+        SinglePath(coarse=1.5)
 
 
 def test_a_sorted_net_draws_uniformly_from_its_nested_set(space: SearchSpace) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nestling.models.supernet import Supernet
 from nestling.space import Arch, SearchSpace
-from nestling.train.teachers import SoftLabels, Teacher, frozen, load_teacher
+from nestling.train.teachers import Frozen, SoftLabels, Teacher, load_teacher, refrozen
 
 OURS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 THEIRS = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
@@ -112,9 +112,13 @@ def test_a_frozen_teacher_says_what_the_largest_network_said_then(space: SearchS
     supernet = Supernet(space, build)
     images = torch.randn(4, 3, 5, 5)
     expected = supernet(images, space.largest).softmax(1)
-    soft_labels = frozen(supernet)
+    soft_labels = Frozen(supernet)
     with torch.no_grad():
         for parameter in supernet.parameters():
             parameter.add_(1.0)
     assert torch.equal(soft_labels(images), expected)
+    again = refrozen(supernet, soft_labels.tensors())
+    assert again is not None
+    assert torch.equal(again(images), expected)
+    assert refrozen(supernet, {"largest/x": torch.ones(1)}) is None
     assert not soft_labels(images).requires_grad

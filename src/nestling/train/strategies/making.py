@@ -57,7 +57,7 @@ def make_strategy(
         case "progressive-shrinking":
             return ProgressiveShrinking(
                 phases=PUBLISHED if space is None else phases_of(space),
-                teacher="outside" if config.teachers else "largest",
+                teacher="outside" if config.teachers else "frozen",
                 distilled=config.teacher_weight,
                 sort_channels=config.sort_channels,
             )
@@ -66,7 +66,7 @@ def make_strategy(
         case "fixed-list":
             return FixedList(_archs(config, space))
         case "single-path":
-            return SinglePath()
+            return SinglePath(config.coarse)
         case "alone":
             return _alone(config, space)
         case "attentive":

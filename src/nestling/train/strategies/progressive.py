@@ -13,12 +13,12 @@ from typing import Literal
 
 from nestling.space import SearchSpace, Value
 from nestling.train.schedules import Cosine, Phases, Schedule
-from nestling.train.strategies.visits import Progress, Visit
+from nestling.train.strategies.visits import Progress, Strategy, Visit
 
 ALL = 1_000
 """More values than a choice has."""
 
-Teacher = Literal["largest", "outside", "none"]
+Teacher = Literal["frozen", "largest", "outside", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True, slots=True)
-class ProgressiveShrinking:
+class ProgressiveShrinking(Strategy):
     """Progressive shrinking (once-for-all, Cai et al. 2020, arXiv 1908.09791).
 
     The largest network learns alone; then kernels, depths and expansions open one after the other, and every
@@ -75,9 +75,9 @@ class ProgressiveShrinking:
     learning rate begins anew with each phase. Resolution, and precision, are drawn in every phase but the
     first; choices of other kinds, such as widths, open with expansions, the paper's space having none.
 
-    The paper's teacher is the network that the first phase made, frozen: a run of that phase alone, then one
-    of the others with the teacher `outside`, given by `nestling.train.teachers.frozen`. In one run `largest`
-    has the largest network of the same step teach instead, at the price of its forward pass.
+    The teacher is the network that the first phase made, `frozen`; or one from `outside` the supernet, which
+    teaches in every phase but the first; or the `largest` network of the same step as it goes on changing; or
+    `none`.
 
     The paper's transformation of kernels is left out: a small kernel would be a product of weights that no
     plain network holds, so neither the largest network's file nor an extracted subnet's would have a place
@@ -94,7 +94,7 @@ class ProgressiveShrinking:
     """
 
     phases: tuple[Phase, ...] = PUBLISHED
-    teacher: Teacher = "largest"
+    teacher: Teacher = "frozen"
     distilled: float = 1.0
     sort_channels: bool = True
 
@@ -121,18 +121,23 @@ class ProgressiveShrinking:
         drawn = [space.canonical(part.sample(rng)) for _ in range(phase.subnets)]
         if self.teacher == "none":
             return [Visit(arch) for arch in drawn]
-        if self.teacher == "outside":
+        if self.teacher in ("outside", "frozen"):
             return [Visit(arch, teacher=self.distilled, labels=1.0) for arch in drawn]
         soft = Visit(
             space.largest, learns_from=space.largest, weight=self.distilled, labels=1 / self.distilled
         )
         return [Visit(space.largest, weight=0.0), *(replace(soft, arch=arch) for arch in drawn)]
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Before the first step of each phase that opens expansions."""
-        index = self._phase(progress)
-        begins = progress.step == self._starts(progress.steps)[index]
-        return self.sort_channels and self.phases[index].sorts and begins
+    def sorts_channels(self, space: SearchSpace, progress: Progress) -> SearchSpace | None:
+        """Before the first step of each phase that opens expansions: what the phase before it trained."""
+        index = self._begins(progress)
+        if index is None or not (self.sort_channels and self.phases[index].sorts):
+            return None
+        return opened_part(space, tuple(self.phases[index - 1].opened.items()) if index else ())
+
+    def freezes_teacher(self, progress: Progress) -> bool:
+        """When the first phase ends."""
+        return self.teacher == "frozen" and self._begins(progress) == 1
 
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         """A cosine for each phase, the first of which warms up as long as it is told."""
@@ -147,6 +152,11 @@ class ProgressiveShrinking:
     def _starts(self, steps: int) -> tuple[int, ...]:
         ends = list(accumulate(phase.epochs for phase in self.phases))
         return (0, *(round(end / ends[-1] * steps) for end in ends[:-1]))
+
+    def _begins(self, progress: Progress) -> int | None:
+        """The number of the phase whose first step it is."""
+        index = self._phase(progress)
+        return index if progress.step == self._starts(progress.steps)[index] else None
 
     def _phase(self, progress: Progress) -> int:
         return max(i for i, start in enumerate(self._starts(progress.steps)) if start <= progress.step)

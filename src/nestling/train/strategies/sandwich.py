@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from nestling.space import SearchSpace
 from nestling.train.schedules import Cosine, ExponentialTail, Schedule
-from nestling.train.strategies.visits import Divergence, Progress, Visit
+from nestling.train.strategies.visits import Divergence, Progress, Strategy, Visit
 
 STAIRS = 450 / 2.4
 """How often BigNAS's learning rate falls: every 2.4 of 450 epochs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sandwich:
+class Sandwich(Strategy):
     """The sandwich rule with in-place distillation (BigNAS, Yu et al. 2020, arXiv 2003.11142).
 
     Every step visits the largest network, which learns from the labels, then the smallest and
@@ -35,11 +35,6 @@ class Sandwich:
         del progress  # every step is alike
         return sandwich(space, rng, random_subnets=self.random_subnets, divergence=self.divergence)
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Never."""
-        del progress
-        return False
-
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         """An exponential fall with a constant tail, or one cosine."""
         del steps_per_epoch
@@ -49,7 +44,7 @@ class Sandwich:
 
 
 @dataclass(frozen=True, slots=True)
-class DelayedShrinking:
+class DelayedShrinking(Strategy):
     """Delayed shrinking (DepS, Annavajjala et al. 2024, arXiv 2407.06167).
 
     The largest network learns alone for the part `switch` of the run. Then its channels are sorted once, and
@@ -77,14 +72,11 @@ class DelayedShrinking:
             space, rng, random_subnets=self.random_subnets, weight=weight, divergence=self.divergence
         )
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """At the switch."""
-        return self.sort_channels and progress.step == self._first_shrinking_step(progress)
-
-    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
-        """One cosine over the whole run; the switch does not begin it anew."""
-        del steps_per_epoch
-        return Cosine(lr, warmup_steps, steps)
+    def sorts_channels(self, space: SearchSpace, progress: Progress) -> SearchSpace | None:
+        """At the switch, when the largest network alone is trained."""
+        if not self.sort_channels or progress.step != self._first_shrinking_step(progress):
+            return None
+        return space.only({choice.name: choice.values[-1:] for choice in space.open_choices})
 
     def _first_shrinking_step(self, progress: Progress) -> int:
         return round(self.switch * progress.steps)

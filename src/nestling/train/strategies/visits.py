@@ -86,8 +86,17 @@ class Strategy(Protocol):
         """The visits of the step at `progress`, in the order in which they run."""
         ...
 
-    def sorts_channels(self, progress: Progress) -> bool:
-        """Whether channels are sorted by importance before the step at `progress`."""
+    def sorts_channels(self, space: SearchSpace, progress: Progress) -> SearchSpace | None:
+        """The part of `space` that is trained already, if channels are sorted before the step at `progress`.
+
+        Its subnets keep what they compute: only channels that all of them have, or lack, change places. None
+        where nothing is sorted.
+        """
+        del space, progress
+        return None
+
+    def freezes_teacher(self, progress: Progress) -> bool:
+        """Whether the largest network, as it is before the step at `progress`, becomes the teacher."""
         del progress
         return False
 
