@@ -34,6 +34,7 @@ from nestling.space.sampling import stratified
 from nestling.train.evaluate import recalibrate, top1
 from nestling.train.loop import train
 from nestling.train.quality import along_cost, area
+from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress, Strategy, Visit, make_strategy
 from nestling.train.strategies.accounting import training_macs, visits_macs
 
@@ -73,6 +74,11 @@ class Job:
     def result_file(self) -> Path:
         """What is kept of the finished training."""
         return self.folder / f"seed-{self.seed}.json"
+
+    @property
+    def training(self) -> Path:
+        """Where its checkpoints are, until it is finished."""
+        return self.folder / f"seed-{self.seed}"
 
 
 def space_of(size: Size) -> SearchSpace:
@@ -124,17 +130,18 @@ def config_of(job: Job, *, per_epoch: int) -> TrainConfig:
     return TrainConfig(epochs=epochs, **{**settings, **job.entry.train})
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """What the finished training comes to; also written to the job's file. Continues from a checkpoint."""
+def trained(job: Job, data: Data) -> tuple[Supernet, list[TrainingRecord], float]:
+    """The supernet after the job's training, its records, and the multiply-accumulates of a step's image.
+
+    Continues from a checkpoint in its folder.
+    """
     size, space = job.size, space_of(job.size)
-    data = data_of(size, job.source)
     stream = dataclasses.replace(data.train, seed=job.seed)
     config = config_of(job, per_epoch=stream.steps_per_epoch(size.batch_size))
     kin = family("resnet")
     torch.manual_seed(job.seed)
     supernet = Supernet(space, kin.build, layout=kin.layout).to(size.device)
     strategy = Counted(make_strategy(config, space=space, cost=macs, seed=job.seed))
-    training = job.folder / f"seed-{job.seed}"
     records = train(
         supernet,
         stream,
@@ -143,9 +150,17 @@ def run_job(job: Job) -> dict[str, Any]:
         batch_size=size.batch_size,
         augment="standard",
         seed=job.seed,
-        folder=training,
+        folder=job.training,
         device=size.device,
     )
+    return supernet, records, strategy.mean(otherwise=job.macs_of_step)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """What the finished training comes to; also written to the job's file. Continues from a checkpoint."""
+    size = job.size
+    data = data_of(size, job.source)
+    supernet, records, macs_of_step = trained(job, data)
     began = time.monotonic()
     archs = scored_archs(size)
     accuracies = [score(supernet, arch, data, size) for arch in archs]
@@ -157,7 +172,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "steps": records[-1].step,
         "images": records[-1].step * size.batch_size,
-        "macs": records[-1].step * size.batch_size * strategy.mean(otherwise=job.macs_of_step),
+        "macs": records[-1].step * size.batch_size * macs_of_step,
         "seconds": sum(record.seconds for record in records),  # those of a part that was killed are lost
         "scoring_seconds": time.monotonic() - began,
         "last_loss": records[-1].loss,
@@ -170,7 +185,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "area": area(places, torch.tensor(accuracies, dtype=torch.float64).numpy()),
     }
     store(job.result_file, found)
-    shutil.rmtree(training, ignore_errors=True)
+    shutil.rmtree(job.training, ignore_errors=True)
     return found
 
 
@@ -284,11 +299,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def run_all(jobs: list[Job], processes: int, *, told: Callable[[dict[str, Any]], None]) -> None:
+def run_all(
+    jobs: list[Job],
+    processes: int,
+    *,
+    told: Callable[[dict[str, Any]], None],
+    run: Callable[[Job], dict[str, Any]] = run_job,
+) -> None:
     """Runs `jobs`; `told` hears of each result. More than one process: a core and a thread for each."""
     if processes == 1:
         for job in jobs:
-            told(run_job(job))
+            told(run(job))
         return
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
@@ -296,7 +317,7 @@ def run_all(jobs: list[Job], processes: int, *, told: Callable[[dict[str, Any]],
     for index in range(processes):
         cores.put(free[index % len(free)] if free else None)
     with concurrent.futures.ProcessPoolExecutor(processes, context, pin, (cores,)) as pool:
-        waiting = [pool.submit(run_job, job) for job in jobs]
+        waiting = [pool.submit(run, job) for job in jobs]
         try:
             for done in concurrent.futures.as_completed(waiting):
                 told(done.result())
