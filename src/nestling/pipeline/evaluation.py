@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nestling.models.supernet import Supernet
+from nestling.pipeline.alone import train_alone
 from nestling.pipeline.asked import Asked, ask, check_numbers
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.scored import Scored, area_under, compared, gained, row
@@ -26,9 +25,7 @@ from nestling.pipeline.workbench import EVALUATION_BATCH, Workbench
 from nestling.run import RunError
 from nestling.space import Arch
 from nestling.train.evaluate import recalibrate
-from nestling.train.loop import train
 from nestling.train.quality import hits_from_text, hits_to_text
-from nestling.train.strategies import Alone
 from nestling.train.strategies.accounting import BACKWARD
 
 SUMMARY = "evaluation.json"
@@ -57,8 +54,8 @@ def evaluate_supernet(
 
     - `area`: under the line through accuracy and the logarithm of the MACs; see `quality.area`.
     - `alone.tau`: how shared weights order networks against training each alone, for as many steps of the
-      same recipe as `epochs` make; `alone.tau_of_macs`: how their MACs alone order them;
-      `alone.partial_tau`: what shared weights know beside MACs.
+      same recipe as `epochs` make, with the run's teachers where it has some; `alone.tau_of_macs`: how their
+      MACs alone order them; `alone.partial_tau`: what shared weights know beside MACs.
     - `alone.gap`: the mean of what accuracy is higher with shared weights than alone.
     - `alone.improvement`: of every two neighbours in MACs the one that shared weights prefer, against either;
       `alone.improvement_of_macs`: the dearer one, against either.
@@ -97,7 +94,9 @@ def evaluate_supernet(
             _write(bench, asked, shared, {}, figures=False)
         if on_scored is not None:
             on_scored(arch.key, number, len(networks))
-    files = {arch: f"{RESULTS}/{arch.key}-alone-{asked.epochs:g}" for arch in asked.alone}
+    # networks trained alone without the run's teachers, as they once all were, are other results
+    how = "taught" if bench.config.train.teachers else "alone"
+    files = {arch: f"{RESULTS}/{arch.key}-{how}-{asked.epochs:g}" for arch in asked.alone}
     trained = {arch: _known(bench, arch, f"{name}.json") for arch, name in files.items()}
     found = _write(bench, asked, shared, trained, figures=True)
     missing = [arch for arch, known in trained.items() if known is None]
@@ -117,7 +116,8 @@ def evaluate_supernet(
 def _forecast(bench: Workbench, archs: Sequence[Arch], epochs: float) -> str:
     batch = bench.config.data.batch_size
     steps = max(1, round(epochs * bench.data.train.steps_per_epoch(batch)))
-    macs = BACKWARD * steps * batch * sum(bench.macs(arch) for arch in archs)
+    of_an_image = BACKWARD * sum(bench.macs(arch) for arch in archs) + len(archs) * bench.teachers_macs
+    macs = steps * batch * of_an_image
     return f"{len(archs)} networks to train alone, {steps:,} steps each: {macs:.3g} MACs in all"
 
 
@@ -166,45 +166,6 @@ def _hits(bench: Workbench, network: nn.Module, resolution: int) -> NDArray[np.b
         right = [(network(batch.images).argmax(dim=1) == batch.labels).cpu() for batch in images]
     hits: NDArray[np.bool_] = torch.cat(right).numpy()
     return hits
-
-
-def train_alone(
-    bench: Workbench, arch: Arch, *, epochs: float, folder: Path, listener: Listener
-) -> nn.Module:
-    """The network of `arch`, trained by itself with the run's recipe on labels; not recalibrated yet.
-
-    Continues from the checkpoints in `folder`. Where the supernet began from pretrained weights, the network
-    begins from its part of them.
-
-    Raises:
-        TrainingStopped: the loss runs away.
-    """
-    config = bench.config
-    space = bench.space.only({name: [value] for name, value in arch.items()})
-    pretrained = bench.space.largest.get("pretrained", False)
-    given = bench.new_supernet().materialize(arch) if pretrained else None
-    torch.manual_seed(config.seed)
-    supernet = Supernet(
-        space,
-        bench.family.build,
-        layout=bench.family.layout,
-        largest=given,
-        dropout=config.train.dropout,
-        drop_path=config.train.drop_path,
-    ).to(bench.torch_device)
-    train(
-        supernet,
-        bench.data.train,
-        strategy=Alone(),
-        config=config.train.model_copy(update={"epochs": epochs}),
-        batch_size=config.data.batch_size,
-        augment=config.data.augment,
-        seed=config.seed,
-        folder=folder,
-        device=bench.torch_device,
-        on_record=listener.training,
-    )
-    return supernet.materialize(space.largest)
 
 
 def _write(
