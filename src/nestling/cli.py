@@ -153,7 +153,9 @@ def export(
     arch: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ARCH]", help="`smallest`, `largest`, a trial's key, or a JSON file of decisions."
+            metavar="[ARCH]",
+            help="`smallest`, `largest`, a trial's key, an exported network's name, decisions as JSON or in "
+            "a JSON file.",
         ),
     ] = None,
 ) -> None:
@@ -171,6 +173,72 @@ def export(
     finally:
         bench.close()
     console.print_members(members)
+
+
+@app.command()
+def finetune(
+    folder: RunFolder,
+    arch: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARCH",
+            help="`smallest`, `largest`, a trial's key, an exported network's name, decisions as JSON or in "
+            "a JSON file.",
+        ),
+    ],
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch",
+            help="Begin as the supernet began (with new weights, or pretrained ones) and use its recipe.",
+        ),
+    ] = False,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="[default: 25, as once-for-all has it (it also has 75); from scratch, the run's]"),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="The highest learning rate. [default: 0.1 of the run's; from scratch, the run's]"),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="largest|none|TIMM_NAME[=PATH]",
+            help="Whose soft labels it learns from: the supernet's largest network's, none, or a timm "
+            "model's, its weights in a file. [default: largest; none for the largest itself]",
+        ),
+    ] = None,
+    teacher_weight: Annotated[
+        float | None, typer.Option(help="Of the teacher's soft labels. [default: 1, as in once-for-all]")
+    ] = None,
+    labels_weight: Annotated[
+        float | None, typer.Option(help="Of the labels. [default: 1, as in once-for-all]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one network further, or anew, and hand it over; continues where it was stopped."""
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            found = pipeline.find_arch(bench, arch)
+            asked = pipeline.tuning(
+                bench,
+                found,
+                from_scratch=from_scratch,
+                epochs=epochs,
+                lr=lr,
+                teacher=teacher,
+                teacher_weight=teacher_weight,
+                labels_weight=labels_weight,
+            )
+            card = pipeline.finetune(bench, found, asked, listener=listener)
+    finally:
+        bench.close()
+    console.print_finetuned(card, as_json=as_json)
 
 
 @app.command()

@@ -160,6 +160,28 @@ def print_members(members: Sequence[Mapping[str, Any]]) -> None:
     _wide().print(table)
 
 
+def print_finetuned(card: Mapping[str, Any], *, as_json: bool) -> None:
+    """A fine-tuned network's accuracy before and after, and what was handed over."""
+    if as_json:
+        print(json.dumps(card, indent=2))
+        return
+    told = card["finetuning"]
+    how = "trained from scratch" if told["from_scratch"] else "fine-tuned"
+    table = Table(title=f"exports/{card['name']}: {how} for {told['epochs']:g} epochs", title_justify="left")
+    table.add_column("measured on the files themselves")
+    for heading in ("search top-1", "test top-1"):
+        table.add_column(heading, justify="right")
+    for name, key in (("with the supernet's weights", "before"), (how, "after")):
+        row = told[key]
+        table.add_row(f"{name} ({row['file']})", *(_split_top1(row, split) for split in ("search", "test")))
+    _wide().print(table)
+    print_members([card])
+
+
+def _split_top1(row: Mapping[str, Any], split: str) -> str:
+    return _top1({name: row[f"{split}_{name}"] for name in ("top1", "top1_interval")})
+
+
 def print_trials(result: SearchResult) -> None:
     """The search's front, as found on the search split."""
     table = Table(

@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_lists_every_command() -> None:
     told = _nestling("--help").stdout
-    for command in ("run", "train", "evaluate", "search", "export", "report", "profile", "space"):
+    for command in ("run", "train", "evaluate", "search", "export", "finetune", "report", "profile", "space"):
         assert command in told
 
 
@@ -54,6 +54,8 @@ def test_help_lists_every_command() -> None:
         (("run", "configs/demo.toml", "--output", "nowhere", "--resume"), 2, "holds no run"),
         (("report", "nowhere"), 2, "holds no run"),
         (("evaluate", "nowhere"), 2, "holds no run"),
+        (("finetune", "nowhere", "largest"), 2, "holds no run"),
+        (("finetune", "nowhere"), 2, "Missing argument 'ARCH'"),
         (("space", "nowhere.toml"), 2, "no space file"),
         (("space",), 2, "give one of FILE, --timm MODEL and --convert MODEL"),
         (("space", "--timm", "resnet18", "--axes"), 2, "--axes and --json are for a space FILE"),
@@ -98,6 +100,24 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
 ) -> None:
     Run.create(tmp_path / "run", load_config(ROOT / "tests" / "toy.toml"))
     done = _nestling("evaluate", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("largest",), "is not finished; `nestling train` finishes it"),
+        (("0123456789ab",), "no arch '0123456789ab' in"),
+        (("largest", "--epochs", "0"), "epochs is 0; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_said_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    Run.create(tmp_path / "run", load_config(ROOT / "tests" / "toy.toml"))
+    done = _nestling("finetune", str(tmp_path / "run"), *arguments)
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

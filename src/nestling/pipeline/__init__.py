@@ -1,6 +1,7 @@
 """The stages of a run in their order: the only code that knows them all."""
 
 from nestling.pipeline.evaluation import evaluate_supernet
+from nestling.pipeline.finetuning import finetune, tuning
 from nestling.pipeline.forecast import Forecast
 from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
@@ -35,6 +36,7 @@ __all__ = [
     "export_arch",
     "export_front",
     "find_arch",
+    "finetune",
     "join_ranks",
     "make_report",
     "open_run",
@@ -45,4 +47,5 @@ __all__ = [
     "space_axes",
     "space_summary",
     "train_supernet",
+    "tuning",
 ]

@@ -71,16 +71,19 @@ def quant_policy(bench: Workbench, arch: Arch) -> QuantPolicy:
     return QuantPolicy(tuple(rules))
 
 
-def write_candidate(bench: Workbench, arch: Arch, path: Path) -> Candidate:
+def write_candidate(
+    bench: Workbench, arch: Arch, path: Path, *, network: nn.Module | None = None
+) -> Candidate:
     """The candidate of `arch`, its ONNX file at `path`.
 
-    The same arch, weights and images give the same file to the last bit.
+    Its weights are the supernet's, or those of `network`, a plain network of that arch, which is recalibrated
+    in place. The same arch, weights and images give the same file to the last bit.
 
     Raises:
         EvaluationFailed: the file does not compute what PyTorch computes, or the runtime refuses it.
     """
     resolution = bench.resolution(arch)
-    network = bench.supernet.materialize(arch)
+    network = bench.supernet.materialize(arch) if network is None else network
     recalibrate(network, bench.recalibration_images(resolution))
     network.cpu()
     try:

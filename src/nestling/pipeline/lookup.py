@@ -96,23 +96,39 @@ def _space(path: Path, *, classes: int, resolution: int | None) -> Iterator[tupl
 
 
 def find_arch(bench: Workbench, name: str) -> Arch:
-    """The arch that `name` means: `smallest`, `largest`, the key of a trial, or a JSON file of decisions.
+    """The arch that `name` means.
+
+    It is `smallest`, `largest`, the key of a trial or of a network that was evaluated, the name of an
+    exported network such as `03-9e7cfc498c6a`, decisions as JSON, or a file of such.
 
     Raises:
         SpaceError: none of these, or decisions that are not of the run's space.
     """
     if name in ("smallest", "largest"):
         return bench.space.smallest if name == "smallest" else bench.space.largest
+    if name.lstrip().startswith("{"):
+        return _decided(bench, name, told="the JSON that was given")
     if Path(name).is_file():
-        try:
-            return bench.space.canonical(Arch.from_json(Path(name).read_text()))
-        except ValueError as error:
-            raise SpaceError(f"{name}: {error}") from error
-    found = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
-    for trial in found.trials:
-        if trial.arch.key == name:
-            return trial.arch
+        return _decided(bench, Path(name).read_text(), told=name)
+    if bench.run.study_file.exists():
+        found = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
+        for trial in found.trials:
+            if trial.arch.key == name:
+                return trial.arch
+    if Path(name).name == name:  # no way out of the run's folder
+        for file in (f"exports/{name}/card.json", f"evaluation/{name}.json"):
+            known = bench.run.read_json(file)
+            if known is not None:
+                return bench.space.canonical(known["decisions"])
     raise SpaceError(
         f"no arch {name!r} in {bench.run.folder}: give smallest, largest, a trial's key (`nestling report` "
-        "lists them), or a JSON file of decisions"
+        "lists them), an exported network's name, or decisions as JSON or in a JSON file"
     )
+
+
+def _decided(bench: Workbench, text: str, *, told: str) -> Arch:
+    """The arch of the decisions that `text` holds as JSON."""
+    try:
+        return bench.space.canonical(Arch.from_json(text))
+    except ValueError as error:
+        raise SpaceError(f"{told}: {error}") from error

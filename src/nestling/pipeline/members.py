@@ -16,7 +16,14 @@ from nestling.export import (
     to_onnx,
     with_metadata,
 )
-from nestling.pipeline.candidate import file_metadata, measure, score, verify_candidate, write_candidate
+from nestling.pipeline.candidate import (
+    Candidate,
+    file_metadata,
+    measure,
+    score,
+    verify_candidate,
+    write_candidate,
+)
 from nestling.pipeline.workbench import Workbench
 from nestling.run import RunError, write_atomically
 from nestling.search import SearchResult, spread_along_front
@@ -81,6 +88,29 @@ def write_member(bench: Workbench, arch: Arch, *, name: str, searched: Mapping[s
     figures = {f"nestling.search.{metric}": repr(value) for metric, value in searched.items()}
     save_onnx(with_metadata(load_onnx(timed if timed.exists() else path), figures), path)
     candidate = replace(candidate, worst_error=verify_candidate(bench, candidate))
+    return hand_over(bench, candidate, search_top1=searched.get("top1"))
+
+
+def hand_over(
+    bench: Workbench,
+    candidate: Candidate,
+    *,
+    search_top1: float | None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The figures of `candidate`, each measured on its file, beside which all else is now written.
+
+    Args:
+        bench: the run.
+        candidate: its file is `model.onnx` in a folder of its own.
+        search_top1: of the search.
+        more: stands in `card.json` as well, which is written last: a folder with one is whole.
+
+    Raises:
+        EvaluationFailed: the file of the unquantized sibling does not compute what PyTorch computes.
+    """
+    arch, path = candidate.arch, candidate.path
+    folder, name = path.parent, path.parent.name
     if candidate.is_quantized:
         sibling = folder / "model_fp32.onnx"
         model = to_onnx(candidate.graph, dynamic_batch=bench.config.export.dynamic_batch)
@@ -106,7 +136,7 @@ def write_member(bench: Workbench, arch: Arch, *, name: str, searched: Mapping[s
         "test_total": accuracy.total,
         "test_top1": accuracy.top1,
         "test_top1_interval": accuracy.interval,
-        "search_top1": searched.get("top1"),
+        "search_top1": search_top1,
         "latency_ms": measurement.latency_ms,
         "latency_interval_ms": measurement.interval_ms,
         "latency_ratio": measurement.ratio,
@@ -125,6 +155,7 @@ def write_member(bench: Workbench, arch: Arch, *, name: str, searched: Mapping[s
             for key, value in arch.items()
             if key.endswith(".precision")
         },
+        **(more or {}),
     }
     write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     return card

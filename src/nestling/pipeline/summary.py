@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nestling.pipeline.workbench import Workbench
-from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch
+from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch, Tuned
 from nestling.search import SearchResult
 from nestling.train.records import read_records
 
@@ -25,6 +25,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
         created=datetime.date.fromtimestamp(run.config_file.stat().st_mtime).isoformat(),
         command=shlex.join(provenance.get("command", [])),
         members=tuple(_member(card) for card in members),
+        tuned=tuple(_tuned(card) for card in _finetuned_cards(bench)),
         objectives=result.problem.objectives if result else (),
         limits=result.problem.limits if result else (),
         trials=_trials(result) if result else (),
@@ -80,6 +81,36 @@ def _member(card: Mapping[str, Any]) -> Member:
         weights_path=f"{folder}/weights.safetensors",
         rebuild_path=f"{folder}/rebuild.py",
         precisions=card["precisions"],
+    )
+
+
+def _finetuned_cards(bench: Workbench) -> list[Mapping[str, Any]]:
+    """The cards of networks that were fine-tuned, by name; one whose export is under way has none yet."""
+    files = sorted(bench.run.exports.glob("*/card.json"))
+    cards = [bench.run.read_json(str(file.relative_to(bench.run.folder))) for file in files]
+    return [card for card in cards if "finetuning" in card]
+
+
+def _tuned(card: Mapping[str, Any]) -> Tuned:
+    asked, folder = card["finetuning"], f"exports/{card['name']}"
+    before, after = asked["before"], asked["after"]
+    return Tuned(
+        name=card["name"],
+        arch_key=card["arch_key"],
+        from_scratch=asked["from_scratch"],
+        epochs=asked["epochs"],
+        # a file's path says nothing to a reader elsewhere
+        teacher=asked["teacher"].partition("=")[0],
+        search_before=before["search_top1"],
+        search_after=after["search_top1"],
+        test_before=before["test_top1"],
+        test_before_interval=tuple(before["test_top1_interval"]),
+        test_after=after["test_top1"],
+        test_after_interval=tuple(after["test_top1_interval"]),
+        latency_ms=card["latency_ms"],
+        unstable=card["unstable"],
+        onnx_path=f"{folder}/{after['file']}",
+        before_path=f"{folder}/{before['file']}",
     )
 
 

@@ -1,6 +1,6 @@
 """What a run found, shown: one HTML page that needs no network, a picture of the front, Markdown and JSON."""
 
-from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch
+from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch, Tuned
 from nestling.report.page import ReportFiles, report_html, write_report
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "ReportFiles",
     "TrainingPoint",
     "TriedArch",
+    "Tuned",
     "report_html",
     "write_report",
 ]

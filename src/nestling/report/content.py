@@ -87,6 +87,31 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuned:
+    """One network that was trained by itself: what was measured on its file, and on that of before.
+
+    Accuracies are fractions in [0, 1]; paths are relative to the report's folder.
+    """
+
+    name: str
+    arch_key: str
+    from_scratch: bool
+    epochs: float
+    teacher: str
+    """`largest`, `none`, or a model's name."""
+    search_before: float
+    search_after: float
+    test_before: float
+    test_before_interval: tuple[float, float]
+    test_after: float
+    test_after_interval: tuple[float, float]
+    latency_ms: float
+    unstable: bool
+    onnx_path: str
+    before_path: str
+
+
+@dataclass(frozen=True, slots=True)
 class TriedArch:
     """One trial of the search. Its accuracy `metrics["top1"]` comes from the search split."""
 
@@ -134,6 +159,8 @@ class ReportContent:
     command: str
     """Repeats the run."""
     members: tuple[Member, ...] = ()
+    tuned: tuple[Tuned, ...] = ()
+    """Networks that were trained further, or anew, by themselves."""
     objectives: tuple[Objective, ...] = ()
     limits: tuple[Limit, ...] = ()
     trials: tuple[TriedArch, ...] = ()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from urllib.parse import quote
 
 from nestling.report.content import Member, ReportContent
+from nestling.report.markup import link
+from nestling.report.tuned import TITLES, cells
 from nestling.report.units import NONE, byte_size, count, milliseconds, percent, percent_span, short
 from nestling.report.words import headline, member_numbers
 
@@ -22,7 +23,7 @@ _SPECIAL = str.maketrans(
 
 
 def front_markdown(content: ReportContent) -> str:
-    """Title, headline, notes, a table of the members, and the command to repeat."""
+    """Title, headline, notes, tables of the members and of the fine-tuned, and the command to repeat."""
     lines = [f"# {_text(content.title)}", "", _text(headline(content)), ""]
     lines += [f"> {_text(note)}\n" for note in content.notes]
     if content.members:
@@ -31,6 +32,8 @@ def front_markdown(content: ReportContent) -> str:
             f"Test accuracy with its 95 % interval, from the exported files. {_text(content.created)}."
         )
         lines.append("")
+    if content.tuned:
+        lines += [*_tuned_table(content), "", "Before: the same network with the supernet's weights.", ""]
     fence = _fence(content.command)
     lines += [fence, content.command, fence, ""]
     return "\n".join(lines)
@@ -71,9 +74,15 @@ def _row(member: Member, *, number: int, timed: bool) -> Sequence[str]:
         count(member.params),
         byte_size(member.peak_bytes),
         str(member.resolution),
-        f"[ONNX](./{quote(member.onnx_path.removeprefix('./'))})" if member.onnx_path else NONE,
+        f"[ONNX]({link(member.onnx_path)})" if member.onnx_path else NONE,
     ]
     return cells
+
+
+def _tuned_table(content: ReportContent) -> list[str]:
+    rules = [":--", ":--", *["--:"] * (len(TITLES) - 2), ":--"]
+    rows = [[*map(_text, cells(tuned)), f"[ONNX]({link(tuned.onnx_path)})"] for tuned in content.tuned]
+    return [f"| {' | '.join(row)} |" for row in ((*TITLES, "File"), rules, *rows)]
 
 
 def _text(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from urllib.parse import quote
 
 
 class Markup(str):
@@ -46,6 +47,11 @@ def section(title: str, *children: str | None) -> Markup:
 def fact_list(facts: Mapping[str, str]) -> Markup:
     """Names and what is known of them, a line each."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()))
+
+
+def link(path: str) -> str:
+    """The address of `path`, relative to the report, whatever characters it holds."""
+    return "./" + quote(path.removeprefix("./"))
 
 
 def _written(value: str | float) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import quote
 
 from nestling.report.content import Member, ReportContent
 from nestling.report.figures import FrontView, front_figure
-from nestling.report.markup import Markup, fact_list, join, section, tag
+from nestling.report.markup import Markup, fact_list, join, link, section, tag
 from nestling.report.units import (
     NONE,
     TIMES,
@@ -202,7 +201,7 @@ def _row(member: Member, *, number: int, timed: bool) -> Markup:
         tag("td", str(member.resolution), data_value=member.resolution),
     ]
     files = {"ONNX": member.onnx_path, "weights": member.weights_path, "code": member.rebuild_path}
-    links = [tag("a", label, href=_link(path)) for label, path in files.items() if path]
+    links = [tag("a", label, href=link(path)) for label, path in files.items() if path]
     cells.append(tag("td", *links, class_="words files"))
     return tag("tr", *cells, id=f"row-{number}", data_member=number)
 
@@ -229,10 +228,6 @@ def _latency_cells(member: Member) -> list[Markup]:
             data_value=-1 if ratio is None else ratio,
         ),
     ]
-
-
-def _link(path: str) -> str:
-    return "./" + quote(path.removeprefix("./"))
 
 
 def _decision_table(stages: Mapping[str, Mapping[str, str]]) -> Markup | None:

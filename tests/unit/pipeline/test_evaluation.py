@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from nestling.config import ConfigError, load_config
+from nestling.pipeline.alone import train_alone
 from nestling.pipeline.asked import float_space, paired_indices
-from nestling.pipeline.evaluation import evaluate_supernet, train_alone
+from nestling.pipeline.evaluation import evaluate_supernet
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.stages import STUDY, open_run, problem
 from nestling.pipeline.training import train_supernet
