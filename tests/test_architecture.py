@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "optuna": {"search"},
     "onnxruntime": {"profile"},
-    "onnx": {"export", "quant.qdq"},
+    "onnx": {"export", "quant.qdq", "quant.blocks"},
     "timm": {"models"},
     "torch_pruning": {"models.convert"},
     "typer": {"cli"},

@@ -54,7 +54,9 @@ class OnnxModel:
 
 
 def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
-    """`graph` as an ONNX model: opset 21, one node for each operator, tensors named as in the graph.
+    """`graph` as an ONNX model: one node for each operator, tensors named as in the graph.
+
+    Its opset is 21; where the graph casts to bfloat16, 22, the first in which convolutions have that type.
 
     It takes `images` (1, 3, R, R), float32, normalised, and gives `logits` (1, classes). A fixed batch lets a
     runtime plan its memory ahead; `dynamic_batch` makes it (N, 3, R, R) and (N, classes).
@@ -62,17 +64,20 @@ def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
     readers = graph.readers()
+    types: dict[str, int] = {graph.input: TensorProto.FLOAT}
     for operator in graph.operators:
         operands = list(operator.inputs)
         attributes = dict(operator.attributes)
+        type_ = operator.integer("to") if operator.kind == "Cast" else types[operator.inputs[0]]
+        types[operator.name] = type_
         if operator.kind == "Pad" and any(reader.kind == "MaxPool" for reader in readers[operator.name]):
             # ONNX Runtime 1.31 folds zeros into the pooling, which then ignores them: so not quite zero.
-            attributes.setdefault("value", _LEAST)
+            attributes.setdefault("value", _LEAST[type_])
         if operator.kind == "Expand":
             operands = [_expanded_shape(operator, nodes, constants, dynamic_batch=dynamic_batch)]
         for role, tensor in (("weight", operator.weight), ("bias", operator.bias)):
             if tensor is not None:
-                constants.append(_constant(f"{operator.name}.{role}", tensor.detach().cpu().numpy()))
+                constants.append(_constant(f"{operator.name}.{role}", _array(tensor)))
                 operands.append(constants[-1].name)
         if operator.kind == "Expand":
             operands.reverse()
@@ -81,7 +86,7 @@ def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
                 operands.append("")
                 continue
             value = np.asarray(attributes.pop(key))
-            dtype = np.float32 if value.dtype.kind == "f" else np.int64
+            dtype = helper.tensor_dtype_to_np_dtype(type_) if value.dtype.kind == "f" else np.dtype(np.int64)
             constants.append(_constant(f"{operator.name}.{key}", value.astype(dtype)))
             operands.append(constants[-1].name)
         while not operands[-1]:
@@ -97,7 +102,7 @@ def to_onnx(graph: Graph, *, dynamic_batch: bool = False) -> onnx.ModelProto:
         [_described(graph, graph.output, batch)],
         constants,
     )
-    opsets = [helper.make_opsetid("", OPSET)]
+    opsets = [helper.make_opsetid("", OPSET + (TensorProto.BFLOAT16 in types.values()))]
     return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="nestling")
 
 
@@ -219,7 +224,12 @@ def official_export(network: nn.Module, path: Path, *, resolution: int, dynamic_
     save_onnx(program.model_proto, path)
 
 
-_LEAST = float(np.finfo(np.float32).tiny)
+# The least number of each type that padding may have in place of zero.
+_LEAST: dict[int, float] = {
+    TensorProto.FLOAT: 2.0**-126,
+    TensorProto.FLOAT16: 2.0**-24,
+    TensorProto.BFLOAT16: 2.0**-126,
+}
 
 # What ONNX wants as operands of a node, in this order, though it is fixed when the graph is made. An operand
 # that an operator has no attribute for is left out.
@@ -238,6 +248,13 @@ _AS_OPERANDS = {
     "Tile": ("repeats",),
     "Unsqueeze": ("axes",),
 }
+
+
+def _array(tensor: Tensor) -> NDArray[np.generic]:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
 
 
 def _constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:

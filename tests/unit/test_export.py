@@ -115,7 +115,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_every_operator_kind_is_tried() -> None:
-    assert FUNCTIONS.keys() == COMPUTE.keys()
+    assert FUNCTIONS.keys() == COMPUTE.keys() - {"Cast"}  # which is no part of a traced network
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)

@@ -242,6 +242,10 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 _TRANSPOSED_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d}
 _PADDING = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
+CAST_TO = {"float32": 1, "float16": 10, "bfloat16": 16}
+"""ONNX's number of each type that a Cast may give."""
+_CAST = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
+
 COMPUTE: dict[str, Callable[..., Tensor]] = {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
@@ -290,5 +294,6 @@ COMPUTE: dict[str, Callable[..., Tensor]] = {
     "Tile": lambda operator, tensor: tensor.repeat(operator.integers("repeats")),
     "Resize": _resize,
     "Expand": _expand,
+    "Cast": lambda operator, tensor: tensor.to(_CAST[operator.integer("to")]),
 }
 """How PyTorch computes each kind: the kinds that a graph may hold."""

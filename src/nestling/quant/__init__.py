@@ -1,11 +1,14 @@
-"""Integer arithmetic: which layers (policy), which numbers (ranges), in PyTorch (fake) and in ONNX (qdq)."""
+"""Arithmetic in few bits: which layers (policy), which numbers (ranges), in PyTorch (fake) and ONNX (qdq)."""
 
 from nestling.quant.fake import Simulation, simulate
 from nestling.quant.formats import Format
+from nestling.quant.mixed import halve
 from nestling.quant.observing import observe
+from nestling.quant.placing import place
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy
 from nestling.quant.qdq import insert_qdq
 from nestling.quant.ranges import Range
+from nestling.quant.size import weight_bits
 
 __all__ = [
     "PRECISIONS",
@@ -14,7 +17,10 @@ __all__ = [
     "QuantPolicy",
     "Range",
     "Simulation",
+    "halve",
     "insert_qdq",
     "observe",
+    "place",
     "simulate",
+    "weight_bits",
 ]

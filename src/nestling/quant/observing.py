@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nestling.models.graph import Graph, Operator
-from nestling.quant.formats import Format
+from nestling.models.graph import Graph
+from nestling.quant.constants import constant_ranges
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.ranges import Range
-from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer, sources_of
+from nestling.quant.ranges import Range, activation_range
+from nestling.quant.regions import activation_formats, is_integer, sources_of
 
 Bounds = tuple[float, float]
 Method = Literal["minmax", "moving"]
@@ -50,17 +50,11 @@ def observe(
     integer = [operator for operator in graph.operators if is_integer(operator, policy)]
     formats = activation_formats(graph, integer, policy)
     if not formats:
-        return {}
+        return constant_ranges(graph, policy, {})
     sources = sources_of(graph, formats)
     bounds = _extremes(graph, set(sources.values()), images, method=METHODS[method])
-    ranges = {name: _activation_range(*bounds[source], formats[source]) for name, source in sources.items()}
-    for operator in integer:
-        format = policy.precision(operator.layer).weight
-        if operator.weight is not None and format is not None:
-            ranges |= _constant_ranges(
-                operator, format, ranges[operator.inputs[0]], reduce_range=reduce_range
-            )
-    return ranges
+    ranges = {name: activation_range(*bounds[source], formats[source]) for name, source in sources.items()}
+    return ranges | constant_ranges(graph, policy, ranges, reduce_range=reduce_range)
 
 
 def _widest(old: Bounds, new: Bounds) -> Bounds:
@@ -95,31 +89,3 @@ def _extremes(
     if not seen:
         raise ValueError("no calibration images; quantization needs at least one batch")
     return seen
-
-
-def _activation_range(low: float, high: float, format: Format) -> Range:
-    # Zero must be exact: padding is made of it, and a ReLU ends on it.
-    low, high = min(low, 0.0), max(high, 0.0)
-    steps = format.high - format.low
-    scale = torch.tensor((high - low) / steps if high > low else 1.0, dtype=torch.float32)
-    zero_point = min(max(format.low + round(-low / float(scale)), format.low), format.high)
-    return Range(scale, torch.tensor(zero_point, dtype=torch.int32), format.dtype, None)
-
-
-def _constant_ranges(
-    operator: Operator, format: Format, images: Range, *, reduce_range: bool
-) -> dict[str, Range]:
-    """The ranges of an operator's weight, and of its bias, whose scale is the product of the other two."""
-    weight, axis = operator.constant(), WEIGHT_AXES[operator.kind]
-    largest = weight.abs().amax([other for other in range(weight.ndim) if other != axis]).float().cpu()
-    levels = format.high // 2 if reduce_range else format.high
-    scale = largest / levels
-    if operator.bias is not None:
-        # A channel with next to no weights would have a bias beyond 32 bits.
-        scale = torch.maximum(scale, operator.bias.abs().float().cpu() / (images.scale * 2.0**30))
-    scale = torch.where(scale > 0, scale, torch.ones(()))
-    zeros = torch.zeros(scale.shape, dtype=torch.int32)
-    ranges = {f"{operator.name}.weight": Range(scale, zeros, format.dtype, axis)}
-    if operator.bias is not None:
-        ranges[f"{operator.name}.bias"] = Range(scale * images.scale, zeros, "int32", 0)
-    return ranges

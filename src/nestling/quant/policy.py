@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
-from nestling.quant.formats import Format
+from nestling.quant.formats import Code, Codebook, Format, Minifloat, Powers, Ternary
+
+Floats = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,24 +19,80 @@ class Precision:
 
     Attributes:
         name: as in a policy, such as `w8a8`.
-        weight: format of its weights, None for 32-bit floats.
-        activation: format of what it reads and writes, None for 32-bit floats.
+        weight: format of its weights, None for floats.
+        activation: format of what it reads and writes, None for floats.
+        floats: the type of what stays float.
     """
 
     name: str
-    weight: Format | None
+    weight: Format | Code | None
     activation: Format | None
+    floats: Floats = "float32"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no runtime computes or stores it: its accuracy means something, its latency nothing."""
+        if self.activation is not None and self.activation.bits < 8:
+            return True
+        if isinstance(self.weight, Format):
+            # 4 bits are stored as such only in groups; otherwise each takes a byte of the file.
+            return self.weight.bits < 8 and self.weight.group is None
+        return self.weight is not None
+
+    @property
+    def integers(self) -> Format | None:
+        """The integers that hold its weights; None where they are floats, or codes that are no integers."""
+        return (
+            self.weight.integers
+            if isinstance(self.weight, Ternary)
+            else (self.weight if isinstance(self.weight, Format) else None)
+        )
+
+
+def _weights(bits: int, *, per_channel: bool = True) -> Format:
+    return Format(bits=bits, signed=True, symmetric=True, per_channel=per_channel)
+
+
+def _grouped(bits: int, group: int) -> Format:
+    # Zero points cost `bits` a group, and make use of all integers where a group's weights lie to one side.
+    return Format(bits=bits, signed=False, symmetric=False, per_channel=True, group=group)
+
+
+def _activations(bits: int, *, signed: bool = False) -> Format:
+    return Format(bits=bits, signed=signed, symmetric=False, per_channel=False)
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
-        "fp32": Precision("fp32", weight=None, activation=None),
-        # Unsigned activations: with signed ones ONNX Runtime is up to 3.4 times slower than fp32 on x86.
-        "w8a8": Precision(
-            "w8a8",
-            weight=Format(bits=8, signed=True, symmetric=True, per_channel=True),
-            activation=Format(bits=8, signed=False, symmetric=False, per_channel=False),
-        ),
+        precision.name: precision
+        for precision in (
+            Precision("fp32", weight=None, activation=None),
+            Precision("fp16", weight=None, activation=None, floats="float16"),
+            Precision("bf16", weight=None, activation=None, floats="bfloat16"),
+            # Unsigned activations: with signed ones ONNX Runtime is up to 3.4 times slower than fp32 on x86.
+            Precision("w8a8", weight=_weights(8), activation=_activations(8)),
+            Precision("w8a8-signed", weight=_weights(8), activation=_activations(8, signed=True)),
+            Precision("w8a8-tensor", weight=_weights(8, per_channel=False), activation=_activations(8)),
+            # Weight-only: stored in few bits, computed in 32-bit floats.
+            Precision("w8", weight=_grouped(8, 128), activation=None),
+            Precision("w4", weight=_grouped(4, 32), activation=None),
+            Precision("w4-g64", weight=_grouped(4, 64), activation=None),
+            Precision("w4-g128", weight=_grouped(4, 128), activation=None),
+            # Simulated from here on.
+            Precision("w4a8", weight=_weights(4), activation=_activations(8)),
+            Precision("w3a8", weight=_weights(3), activation=_activations(8)),
+            Precision("w2a8", weight=_weights(2), activation=_activations(8)),
+            Precision("w4a4", weight=_weights(4), activation=_activations(4)),
+            Precision("w3a3", weight=_weights(3), activation=_activations(3)),
+            Precision("w2a2", weight=_weights(2), activation=_activations(2)),
+            Precision("ternary", weight=Ternary("mean"), activation=_activations(8)),
+            Precision("ternary-median", weight=Ternary("median"), activation=_activations(8)),
+            Precision("nupes4", weight=Powers(4), activation=None),
+            Precision("codebook4", weight=Codebook(4), activation=None),
+            Precision("fp8", weight=Minifloat(exponent=4, mantissa=3, largest=448.0), activation=None),
+            Precision("fp8-e5m2", weight=Minifloat(exponent=5, mantissa=2, largest=57344.0), activation=None),
+            Precision("fp4", weight=Minifloat(exponent=2, mantissa=1, largest=6.0), activation=None),
+        )
     }
 )
 """Every precision by its name."""
@@ -70,3 +129,8 @@ class QuantPolicy:
         """The precision of the layer with this dotted name."""
         matching = [rule for rule in self.rules if not rule[0] or f"{layer}.".startswith(f"{rule[0]}.")]
         return PRECISIONS[max(matching, key=lambda rule: len(rule[0]))[1] if matching else "fp32"]
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """The precisions of its rules that no runtime computes: with any, a latency means nothing."""
+        return tuple(dict.fromkeys(name for _, name in self.rules if PRECISIONS[name].simulated))

@@ -9,14 +9,17 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
+from nestling.quant.blocks import DOMAIN, blocked_layer
 from nestling.quant.ranges import Range
 
 
 def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.ModelProto:
     """A new model that computes `model` with the arithmetic of `ranges`; `model` itself where there are none.
 
-    A constant is stored as integers behind a DequantizeLinear. Any other tensor passes a QuantizeLinear and a
-    DequantizeLinear, one pair however many read it; a runtime fuses these with the operators between them.
+    A constant is stored as integers behind a DequantizeLinear; one in blocks as `blocked_layer` says. Any
+    other tensor passes a QuantizeLinear and a DequantizeLinear, one pair however many read it; a runtime
+    fuses these with the operators between them. Where a tensor has less than 8 bits, a Clip between the two
+    cuts its bytes off, so that any runtime computes what such a precision would give.
 
     Args:
         model: of 32-bit floats, with opset 21 or later.
@@ -40,15 +43,21 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
 
     stored: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
+    blocked: dict[str, torch.Tensor] = {}
     for constant in graph.initializer:
         if constant.name not in ranges:
             stored.append(constant)
             continue
         found = ranges[constant.name]
         values = torch.from_numpy(numpy_helper.to_array(constant).copy())
-        integers = found.integers(values).numpy().astype(found.dtype)
+        if found.block is not None:
+            blocked[constant.name] = values
+            continue
+        integers = found.integers(values).numpy().astype(found.stored)
         stored.append(numpy_helper.from_array(integers, f"{constant.name}.quantized"))
-        nodes.append(_dequantize(constant.name, f"{constant.name}.quantized", found, stored))
+        nodes.append(
+            _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
+        )
     read_as = {name: f"{name}.dequantized" for name in ranges.keys() & computed}
     for name in inputs:
         nodes += _pair(name, ranges, stored)
@@ -56,14 +65,23 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = [read_as.get(name, name) for name in node.input]
-        nodes.append(copy)
+        weight = next((name for name in node.input if name in blocked), None)
+        if weight is None:
+            nodes.append(copy)
+        else:
+            in_its_place, constants_of_it = blocked_layer(copy, blocked[weight], ranges[weight])
+            nodes += in_its_place
+            stored += constants_of_it
         for name in node.output:
             nodes += _pair(name, ranges, stored)
 
     quantized = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), stored)
+    opsets = list(model.opset_import)
+    if any(node.domain == DOMAIN for node in nodes):
+        opsets.append(helper.make_opsetid(DOMAIN, 1))
     return helper.make_model(
         quantized,
-        opset_imports=list(model.opset_import),
+        opset_imports=opsets,
         ir_version=model.ir_version,
         producer_name=model.producer_name,
     )
@@ -73,17 +91,26 @@ def _pair(name: str, ranges: Mapping[str, Range], stored: list[onnx.TensorProto]
     """The nodes that take tensor `name` through the integers of its range; none where it has no range."""
     if name not in ranges:
         return []
+    found = ranges[name]
     integers = f"{name}.quantized"
-    dequantize = _dequantize(f"{name}.dequantized", integers, ranges[name], stored)
+    kept = integers if found.stored == found.dtype else f"{name}.clipped"
+    dequantize = _dequantize(f"{name}.dequantized", kept, found, stored, stem=name)
     operands = [name, *dequantize.input[1:]]
-    return [helper.make_node("QuantizeLinear", operands, [integers], name=integers), dequantize]
+    nodes = [helper.make_node("QuantizeLinear", operands, [integers], name=integers), dequantize]
+    if kept != integers:
+        limits = [f"{name}.lowest", f"{name}.highest"]
+        for limit, value in zip(limits, found.limits, strict=True):
+            stored.append(numpy_helper.from_array(np.array(value, dtype=found.stored), limit))
+        nodes.insert(1, helper.make_node("Clip", [integers, *limits], [kept], name=kept))
+    return nodes
 
 
-def _dequantize(output: str, integers: str, found: Range, stored: list[onnx.TensorProto]) -> onnx.NodeProto:
-    """The node that writes `output`; its scale and zero point are added to `stored`."""
-    stem = integers.removesuffix(".quantized")
+def _dequantize(
+    output: str, integers: str, found: Range, stored: list[onnx.TensorProto], *, stem: str
+) -> onnx.NodeProto:
+    """The node that writes `output`; its scale and zero point, called after `stem`, are added to `stored`."""
     scale = found.scale.numpy().astype(np.float32)
-    zero_point = found.zero_point.numpy().astype(found.dtype)
+    zero_point = found.zero_point.numpy().astype(found.stored)
     stored.append(numpy_helper.from_array(scale, f"{stem}.scale"))
     stored.append(numpy_helper.from_array(zero_point, f"{stem}.zero_point"))
     operands = [integers, f"{stem}.scale", f"{stem}.zero_point"]

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
@@ -61,3 +69,31 @@ def images() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randn(64, 3, 3, 3, generator=generator)
     return nn.functional.interpolate(coarse, size=(12, 12), mode="bilinear")
+
+
+Computed = tuple[NDArray[np.float32], Counter[str]]
+
+
+@pytest.fixture
+def compute_file(tmp_path: Path) -> Callable[[onnx.ModelProto, Tensor], Computed]:
+    """What ONNX Runtime computes from a model, checked first, and how often it uses each operator."""
+
+    def compute(model: onnx.ModelProto, images: Tensor) -> Computed:
+        onnx.checker.check_model(model, full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", "WeightBiasQuantization"
+        )
+        # Left off, on x86 every signed tensor that several nodes read makes floats of those.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        logits = np.asarray(session.run(None, {"images": images.numpy()})[0])
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+        return logits, Counter(node.op_type for node in nodes)
+
+    return compute

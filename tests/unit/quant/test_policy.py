@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nestling.quant import PRECISIONS, QuantPolicy
+from nestling.quant import PRECISIONS, Format, QuantPolicy
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,6 @@ def test_two_rules_for_one_prefix_are_refused() -> None:
 def test_a_format_has_the_limits_of_its_integer_type() -> None:
     formats = [PRECISIONS["w8a8"].weight, PRECISIONS["w8a8"].activation]
     for format, dtype in zip(formats, ("int8", "uint8"), strict=True):
-        assert format is not None
+        assert isinstance(format, Format)
         assert format.dtype == dtype
         assert (format.low, format.high) == (np.iinfo(dtype).min, np.iinfo(dtype).max)

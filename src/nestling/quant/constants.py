@@ -1,0 +1,116 @@
+"""The ranges of weights and biases, which need no images beyond the ranges of what they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nestling.models.graph import Graph
+from nestling.quant.formats import Format
+from nestling.quant.policy import QuantPolicy
+from nestling.quant.ranges import Range, in_blocks, rows
+from nestling.quant.regions import WEIGHT_AXES
+
+
+def constant_ranges(
+    graph: Graph, policy: QuantPolicy, activations: Mapping[str, Range], *, reduce_range: bool = False
+) -> dict[str, Range]:
+    """`<operator>.weight` and `<operator>.bias` -> range, for every layer that `policy` keeps in integers.
+
+    Weights of layers that compute on floats are cut into groups; their biases stay floats. Otherwise the
+    bias, in 32 bits, has the scale of the products that it is added to.
+
+    Args:
+        graph: the network, its weights placed (`place`).
+        policy: which layers.
+        activations: name -> range, of every tensor that a layer on integers reads.
+        reduce_range: 7-bit weights in place of 8-bit ones, see `observe`.
+    """
+    ranges = {}
+    for operator in graph.operators:
+        precision = policy.precision(operator.layer)
+        format, weight = precision.integers, operator.weight
+        if format is None or weight is None or operator.kind not in WEIGHT_AXES:
+            continue
+        axis = WEIGHT_AXES[operator.kind]
+        if precision.activation is None:
+            if operator.kind != "MatMul" or weight.ndim == 2:
+                ranges[f"{operator.name}.weight"] = grouped_range(weight, format, axis=axis)
+            continue
+        read = activations[operator.inputs[0]]
+        found = weight_range(weight, format, axis=axis, reduce_range=reduce_range)
+        if operator.bias is not None:
+            found = _with_room_for(operator.bias, found, read)
+            scale = found.scale * read.scale
+            ranges[f"{operator.name}.bias"] = Range(
+                scale, found.zero_point, "int32", None if found.axis is None else 0
+            )
+        ranges[f"{operator.name}.weight"] = found
+    return ranges
+
+
+def weight_range(weight: Tensor, format: Format, *, axis: int, reduce_range: bool = False) -> Range:
+    """The range of a weight that is computed on integers: symmetric, a scale for each channel or one for all.
+
+    The largest weight of a channel has the largest integer; with less than 8 bits rather the scale, of 33
+    tried, that gives the least squared error: single large weights would leave next to no integers to the
+    rest.
+    """
+    numbers = rows(weight.detach(), axis).float().cpu()
+    if not format.per_channel:
+        numbers = numbers.reshape(1, -1)
+    levels = min(format.high, 63) if reduce_range else format.high
+    scale = numbers.abs().amax(1) / levels
+    if format.bits < 8:
+        scale = _least_error(numbers, scale, levels)
+    scale = torch.where(scale > 0, scale, 1.0)
+    if not format.per_channel:
+        scale = scale[0]
+    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    return Range(scale, zeros, format.dtype, axis if format.per_channel else None)
+
+
+def grouped_range(weight: Tensor, format: Format, *, axis: int) -> Range:
+    """The range of a weight that is stored in groups and computed in floats; each group spans its numbers.
+
+    Raises:
+        ValueError: a format without groups.
+    """
+    if format.group is None:
+        raise ValueError(f"weights of {format.bits} bits that are computed in floats need groups")
+    groups = in_blocks(rows(weight.detach(), axis).float().cpu(), format.group)
+    if format.symmetric:
+        scale = groups.abs().amax(2) / format.high
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero_point = torch.zeros(scale.shape)
+    else:
+        low, high = groups.amin(2).clamp_(max=0.0), groups.amax(2).clamp_(min=0.0)
+        scale = (high - low) / (format.high - format.low)
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero_point = (format.low - low / scale).round_().clamp_(format.low, format.high)
+    return Range(scale, zero_point.int(), format.dtype, axis, format.group)
+
+
+def _least_error(numbers: Tensor, widest: Tensor, levels: int) -> Tensor:
+    """The scale of each row of `numbers`, at most `widest`, with the least squared error."""
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for step in range(_SCALES_TRIED):
+        scale = widest * (1 - 0.9 * step / (_SCALES_TRIED - 1))
+        column = torch.where(scale > 0, scale, 1.0)[:, None]
+        rounded = (numbers / column).round_().clamp_(-levels, levels).mul_(column)
+        error = (rounded - numbers).square_().sum(1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
+    """`found` with scales so wide that `bias`, in integers of the products' scale, keeps to 32 bits."""
+    needed = bias.detach().abs().float().cpu() / (read.scale * 2.0**30)
+    if found.axis is None:
+        needed = needed.amax()
+    return Range(torch.maximum(found.scale, needed), found.zero_point, found.dtype, found.axis)
+
+
+_SCALES_TRIED = 33
