@@ -122,6 +122,14 @@ def test_signed_activations_use_all_their_integers(graph: Graph, images: Tensor)
     assert (found.dtype, int(found.zero_point)) == ("int8", -128)
 
 
+def test_signed_activations_stand_for_the_same_numbers_as_unsigned_ones(graph: Graph, images: Tensor) -> None:
+    signed, unsigned = (
+        simulate(graph, observe(graph, QuantPolicy((("", name),)), [images])).run(images)
+        for name in ("w8a8-signed", "w8a8")
+    )
+    assert torch.equal(signed, unsigned)
+
+
 def test_few_bits_leave_large_weights_out_for_the_sake_of_the_rest() -> None:
     layer = nn.Conv2d(16, 1, 3)
     with torch.no_grad():
