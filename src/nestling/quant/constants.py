@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nestling.models.graph import Graph
+from nestling.quant.calibration import WeightMethod, largest_of_rows
 from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.ranges import Range, in_blocks, rows
@@ -15,7 +16,12 @@ from nestling.quant.regions import WEIGHT_AXES
 
 
 def constant_ranges(
-    graph: Graph, policy: QuantPolicy, activations: Mapping[str, Range], *, reduce_range: bool = False
+    graph: Graph,
+    policy: QuantPolicy,
+    activations: Mapping[str, Range],
+    *,
+    weights: WeightMethod = "minmax",
+    reduce_range: bool = False,
 ) -> dict[str, Range]:
     """`<operator>.weight` and `<operator>.bias` -> range, for every layer that `policy` keeps in integers.
 
@@ -26,7 +32,8 @@ def constant_ranges(
         graph: the network, its weights placed (`place`).
         policy: which layers.
         activations: name -> range, of every tensor that a layer on integers reads.
-        reduce_range: 7-bit weights in place of 8-bit ones, see `observe`.
+        weights: see `ranges` of `nestling.quant.observing`.
+        reduce_range: 7-bit weights in place of 8-bit ones, see there.
     """
     ranges = {}
     for operator in graph.operators:
@@ -40,7 +47,7 @@ def constant_ranges(
                 ranges[f"{operator.name}.weight"] = grouped_range(weight, format, axis=axis)
             continue
         read = activations[operator.inputs[0]]
-        found = weight_range(weight, format, axis=axis, reduce_range=reduce_range)
+        found = weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
         if operator.bias is not None:
             found = _with_room_for(operator.bias, found, read)
             scale = found.scale * read.scale
@@ -51,20 +58,24 @@ def constant_ranges(
     return ranges
 
 
-def weight_range(weight: Tensor, format: Format, *, axis: int, reduce_range: bool = False) -> Range:
+def weight_range(
+    weight: Tensor,
+    format: Format,
+    *,
+    axis: int,
+    weights: WeightMethod = "minmax",
+    reduce_range: bool = False,
+) -> Range:
     """The range of a weight that is computed on integers: symmetric, a scale for each channel or one for all.
 
-    The largest weight of a channel has the largest integer; with less than 8 bits rather the scale, of 33
-    tried, that gives the least squared error: single large weights would leave next to no integers to the
-    rest.
+    With less than 8 bits its scale has the least squared error, whatever `weights` says: single large weights
+    would leave next to no integers to the rest.
     """
     numbers = rows(weight.detach(), axis).float().cpu()
     if not format.per_channel:
         numbers = numbers.reshape(1, -1)
     levels = min(format.high, 63) if reduce_range else format.high
-    scale = numbers.abs().amax(1) / levels
-    if format.bits < 8:
-        scale = _least_error(numbers, scale, levels)
+    scale = largest_of_rows(numbers, levels, method="mse" if format.bits < 8 else weights) / levels
     scale = torch.where(scale > 0, scale, 1.0)
     if not format.per_channel:
         scale = scale[0]
@@ -93,18 +104,6 @@ def grouped_range(weight: Tensor, format: Format, *, axis: int) -> Range:
     return Range(scale, zero_point.int(), format.dtype, axis, format.group)
 
 
-def _least_error(numbers: Tensor, widest: Tensor, levels: int) -> Tensor:
-    """The scale of each row of `numbers`, at most `widest`, with the least squared error."""
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for step in range(_SCALES_TRIED):
-        scale = widest * (1 - 0.9 * step / (_SCALES_TRIED - 1))
-        column = torch.where(scale > 0, scale, 1.0)[:, None]
-        rounded = (numbers / column).round_().clamp_(-levels, levels).mul_(column)
-        error = (rounded - numbers).square_().sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
-
-
 def _with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
     """`found` with scales so wide that `bias`, in integers of the products' scale, keeps to 32 bits."""
     needed = bias.detach().abs().float().cpu() / (read.scale * 2.0**30)
@@ -112,5 +111,3 @@ def _with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
         needed = needed.amax()
     return Range(torch.maximum(found.scale, needed), found.zero_point, found.dtype, found.axis)
 
-
-_SCALES_TRIED = 33

@@ -1,31 +1,74 @@
-"""The range of every quantized tensor of a graph, observed once on images."""
+"""The range of every quantized tensor of a graph, from what its tensors held on images."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, Operator
+from nestling.quant.calibration import METHODS, WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import constant_ranges
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.ranges import Range, activation_range
 from nestling.quant.regions import activation_formats, is_integer, sources_of
+from nestling.quant.sharing import shared_groups, with_shared_bounds
+from nestling.quant.statistics import Histogram, collect
 
-Bounds = tuple[float, float]
-Method = Literal["minmax", "moving"]
 
-
-@torch.no_grad()
 def observe(
     graph: Graph,
     policy: QuantPolicy,
     images: Iterable[Tensor],
     *,
     method: Method = "minmax",
+    weights: WeightMethod = "minmax",
+    shared: Collection[str] = (),
+    reduce_range: bool = False,
+) -> Mapping[str, Range]:
+    """The `ranges` of `graph` from one pass over `images`; no image is read where none is quantized.
+
+    Args:
+        graph: the network.
+        policy: which layers.
+        images: batches (N, 3, R, R) on the device of the graph's weights; they set the ranges of activations.
+        method: see `ranges`.
+        weights: see `ranges`.
+        shared: see `ranges`.
+        reduce_range: see `ranges`.
+
+    Raises:
+        ValueError: no images, or activations that are not finite.
+    """
+    names = needed(graph, policy)
+    statistics = collect(graph, images, names, counts=method not in WITHOUT_COUNTS) if names else {}
+    return ranges(
+        graph,
+        policy,
+        statistics,
+        method=method,
+        weights=weights,
+        shared=shared,
+        reduce_range=reduce_range,
+    )
+
+
+def needed(graph: Graph, policy: QuantPolicy) -> frozenset[str]:
+    """The tensors whose statistics `ranges` reads; none where `policy` computes nothing on integers."""
+    formats = activation_formats(graph, _on_integers(graph, policy), policy)
+    return frozenset(sources_of(graph, formats).values())
+
+
+@torch.no_grad()
+def ranges(
+    graph: Graph,
+    policy: QuantPolicy,
+    statistics: Mapping[str, Histogram],
+    *,
+    method: Method = "minmax",
+    weights: WeightMethod = "minmax",
+    shared: Collection[str] = (),
     reduce_range: bool = False,
 ) -> Mapping[str, Range]:
     """Name -> range, for every tensor, weight and bias that `policy` quantizes; empty where that is none.
@@ -38,54 +81,30 @@ def observe(
     Args:
         graph: the network.
         policy: which layers.
-        images: batches (N, 3, R, R) on the device of the graph's weights; they set the ranges of activations.
-        method: `minmax` spans all that was seen; `moving` follows each batch's extremes by a tenth, which
-            one odd image widens less.
+        statistics: tensor -> histogram, with at least the `needed` ones, of the network in floats.
+        method: how a tensor's bounds follow from its histogram, see `nestling.quant.calibration`.
+        weights: whether each channel's integers span all its weights (`minmax`) or are spread so that they
+            have the least squared error (`mse`).
+        shared: kinds of operators, such as `Add`, that read and write tensors of one range, which spans them
+            all. ONNX Runtime's sums and products scale each operand by itself, so it gains nothing there and
+            the numbers get coarser; it is for targets that add integers as they are.
         reduce_range: 7-bit weights, for x86 CPUs without VNNI: their products of unsigned and signed bytes
             are added in 16 bits that overflow, and the runtime silently computes something else.
 
     Raises:
-        ValueError: no images, or activations that are not finite.
+        ValueError: no statistics of a tensor that is needed, or extremes only where `method` reads counts.
     """
-    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+    integer = _on_integers(graph, policy)
     formats = activation_formats(graph, integer, policy)
-    if not formats:
-        return constant_ranges(graph, policy, {})
     sources = sources_of(graph, formats)
-    bounds = _extremes(graph, set(sources.values()), images, method=METHODS[method])
-    ranges = {name: activation_range(*bounds[source], formats[source]) for name, source in sources.items()}
-    return ranges | constant_ranges(graph, policy, ranges, reduce_range=reduce_range)
+    missing = set(sources.values()) - statistics.keys()
+    if missing:
+        raise ValueError(f"no statistics of tensor {min(missing)!r}; collect what `needed` names")
+    bounds = {name: METHODS[method](statistics[name], formats[name]) for name in set(sources.values())}
+    bounds = with_shared_bounds(bounds, shared_groups(graph, integer, sources, kinds=shared))
+    found = {name: activation_range(*bounds[source], formats[source]) for name, source in sources.items()}
+    return found | constant_ranges(graph, policy, found, weights=weights, reduce_range=reduce_range)
 
 
-def _widest(old: Bounds, new: Bounds) -> Bounds:
-    return min(old[0], new[0]), max(old[1], new[1])
-
-
-def _followed(old: Bounds, new: Bounds) -> Bounds:
-    return 0.9 * old[0] + 0.1 * new[0], 0.9 * old[1] + 0.1 * new[1]
-
-
-METHODS: Mapping[str, Callable[[Bounds, Bounds], Bounds]] = {"minmax": _widest, "moving": _followed}
-"""How the extremes seen so far and those of one more batch make new ones."""
-
-
-def _extremes(
-    graph: Graph, names: set[str], images: Iterable[Tensor], *, method: Callable[[Bounds, Bounds], Bounds]
-) -> dict[str, Bounds]:
-    seen: dict[str, Bounds] = {}
-
-    def look(name: str, tensor: Tensor) -> Tensor:
-        if name in names:
-            low, high = (float(extreme) for extreme in tensor.aminmax())
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(
-                    f"tensor {name} is not finite on the calibration images; was training complete?"
-                )
-            seen[name] = method(seen[name], (low, high)) if name in seen else (low, high)
-        return tensor
-
-    for batch in images:
-        graph.run(batch, after=look)
-    if not seen:
-        raise ValueError("no calibration images; quantization needs at least one batch")
-    return seen
+def _on_integers(graph: Graph, policy: QuantPolicy) -> list[Operator]:
+    return [operator for operator in graph.operators if is_integer(operator, policy)]
