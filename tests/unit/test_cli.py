@@ -55,7 +55,7 @@ def test_help_lists_every_command() -> None:
         (("report", "nowhere"), 2, "holds no run"),
         (("evaluate", "nowhere"), 2, "holds no run"),
         (("finetune", "nowhere", "largest"), 2, "holds no run"),
-        (("finetune", "nowhere"), 2, "Missing argument 'ARCH'"),
+        (("finetune", "nowhere"), 2, "Missing parameter: arch"),
         (("space", "nowhere.toml"), 2, "no space file"),
         (("space",), 2, "give one of FILE, --timm MODEL and --convert MODEL"),
         (("space", "--timm", "resnet18", "--axes"), 2, "--axes and --json are for a space FILE"),
