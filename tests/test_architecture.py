@@ -10,16 +10,17 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "nestling"
 STAGES = {"train", "quant", "export", "profile", "search", "report"}
-EVERY_PART = {"config", "run", "space", "models", "data", "pipeline", "console", "cli", *STAGES}
+EVERY_PART = {"config", "run", "energy", "space", "models", "data", "pipeline", "console", "cli", *STAGES}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "config": set(),
     "run": {"config"},
+    "energy": set(),
     "space": set(),
     "models": {"space"},
     "data": {"config"},
-    "train": {"models", "data", "space", "config", "run"},
+    "train": {"models", "data", "space", "config", "run", "energy"},
     "quant": {"models", "data"},
     "export": {"models", "run"},
     "profile": set(),
@@ -42,11 +43,12 @@ ONLY_IN: dict[str, set[str]] = {
     "rich": {"console"},
     "datasets": {"data.tables"},
     "matplotlib": {"report"},
+    "pynvml": {"energy"},
 }
 """Library -> the parts or modules that alone may import it."""
 
 NEVER_IN: dict[str, set[str]] = {
-    "torch": {"space", "config", "run", "profile", "search", "report", "console", "cli"},
+    "torch": {"space", "config", "run", "energy", "profile", "search", "report", "console", "cli"},
 }
 """Library -> the parts that must run, or start, without it."""
 
