@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Measurement,
         ReportFiles,
         SearchResult,
+        Spent,
         TrainingProgress,
         TrainingRecord,
         Trial,
@@ -43,6 +44,21 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def spent_words(spent: Spent, forecast: Forecast) -> str:
+    """What training cost, and how many times the forecast that is."""
+    error = spent.macs_error / spent.macs if spent.macs else 0.0
+    macs = f"{si(spent.macs, 'MACs')}" + (f" (+- {error:.1%})" if error >= 0.0005 else "")
+    energy = [f"{part} {si(joules, 'J')}" for part, joules in spent.joules.items() if joules is not None]
+    words = [
+        f"{spent.steps:,} steps",
+        f"{si(spent.images)} images",
+        f"{macs}, {spent.macs / forecast.macs:.2f} of the forecast",
+        f"{duration(spent.seconds)}, {spent.seconds / forecast.seconds:.2f} of the forecast",
+        f"energy {', '.join(energy)}" if energy else "energy not told by this machine",
+    ]
+    return f"spent: {'; '.join(words)}"
 
 
 class Display:
@@ -73,6 +89,10 @@ class Display:
             f"  forecast: {forecast.steps:,} steps, {si(forecast.images)} images, "
             f"{si(forecast.macs, 'MACs')}, about {duration(forecast.seconds)} at the speed of a trial step"
         )
+
+    def spent(self, spent: Spent, forecast: Forecast) -> None:
+        """What training has cost, beside what was forecast."""
+        self.console.print(f"  {spent_words(spent, forecast)}", highlight=False)
 
     def training(self, record: TrainingRecord, progress: TrainingProgress) -> None:
         """The bar of training."""

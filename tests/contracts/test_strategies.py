@@ -19,6 +19,7 @@ from nestling.models.building import build_shapes
 from nestling.models.cost import cost
 from nestling.models.supernet import Supernet
 from nestling.space import Arch, Choice, Need, SearchSpace
+from nestling.train.account import Account
 from nestling.train.checkpoint import load_checkpoint
 from nestling.train.loop import train
 from nestling.train.records import TrainingRecord
@@ -28,6 +29,7 @@ from nestling.train.strategies.accounting import BACKWARD, training_macs, visits
 CLASSES, SIDE, BATCH = 3, 6, 8
 PER_EPOCH, EPOCHS, SEED = 4, 3, 3
 STEPS = PER_EPOCH * EPOCHS
+TEACHER_MACS = 1000.0
 
 SPACE = SearchSpace(
     "toy",
@@ -139,6 +141,7 @@ class Trained:
     """What a run left behind."""
 
     supernet: CountingSupernet
+    account: Account
     visited: list[list[Visit]] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
 
@@ -183,7 +186,7 @@ def trained(
 ) -> Trained:
     config = config_of(recipe, **changes)
     torch.manual_seed(7)
-    found = Trained(CountingSupernet(config))
+    found = Trained(CountingSupernet(config), Account(macs=macs, teachers_macs=lambda _: TEACHER_MACS))
     train(
         found.supernet,
         Stream(),
@@ -195,6 +198,7 @@ def trained(
         folder=folder,
         teachers=outside,
         on_record=on_record,
+        account=found.account,
     )
     return found
 
@@ -261,6 +265,9 @@ def test_a_run_that_was_killed_and_continued_ends_with_the_same_weights(recipe: 
     assert rest.visited == whole.visited[10:]
     assert rest.progress[0].gaps == whole.progress[10].gaps
     assert same(rest.weights, whole.weights)
+    spent, wanted = rest.account.spent(), whole.account.spent()
+    assert (spent.steps, spent.images) == (wanted.steps, wanted.images) == (STEPS, STEPS * BATCH)
+    assert (spent.macs, spent.macs_error) == (wanted.macs, 0.0)
 
 
 @every_recipe
@@ -293,6 +300,8 @@ def test_the_passes_of_a_run_are_those_that_are_counted(recipe: str, tmp_path: P
     contests = any(visit.rivals for visits in found.visited for visit in visits)
     # who wins a contest is not known before: it counts as the mean
     assert counted == pytest.approx(done, rel=0.15 if contests else 1e-9)
+    asked = sum(any(visit.teacher for visit in visits) for visits in found.visited)
+    assert found.account.spent().macs == BATCH * (done + asked * TEACHER_MACS)  # afterwards, it is
     forecast = training_macs(strategy_of(recipe), SPACE, macs, steps=STEPS, steps_per_epoch=PER_EPOCH)
     assert forecast == pytest.approx(done, rel=0.25)  # of 12 steps; other archs are drawn
 

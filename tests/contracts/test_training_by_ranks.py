@@ -198,6 +198,9 @@ def test_nestling_train_by_two_ranks_is_that_by_one(tmp_path: Path) -> None:
     one, two = (read_records(tmp_path / name / "training") for name in ("one", "two"))
     assert len(one) == len(two) == 1
     assert two[0].loss == pytest.approx(one[0].loss, rel=1e-4)
+    spent = [json.loads((tmp_path / name / "training.json").read_text())["spent"] for name in ("one", "two")]
+    for name in ("steps", "images", "macs", "macs_error"):
+        assert spent[0][name] == spent[1][name]
     trained = pipeline.open_run(tmp_path / "two")
     assert trained.supernet.space.largest.integer("classes") == 10
     trained.close()

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from nestling.console import duration, si
+from nestling.console import duration, si, spent_words
+from nestling.pipeline import Forecast, Spent
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,17 @@ def test_si_keeps_three_digits_and_a_prefix(value: float, told: str) -> None:
 )
 def test_duration_reads_as_a_person_says_it(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_what_training_cost_is_said_beside_its_forecast() -> None:
+    forecast = Forecast(steps=100, images=6400, macs=2e12, seconds=50.0)
+    spent = Spent(100, 6400, 2.2e12, 2.2e10, 75.0, {"cpu": 4321.0, "dram": None, "gpu": 900.0})
+    assert spent_words(spent, forecast) == (
+        "spent: 100 steps; 6.4 k images; 2.2 TMACs (+- 1.0%), 1.10 of the forecast; "
+        "1 min 15 s, 1.50 of the forecast; energy cpu 4.32 kJ, gpu 900 J"
+    )
+    untold = Spent(100, 6400, 2e12, 0.0, 50.0, {"cpu": None, "dram": None, "gpu": None})
+    assert spent_words(untold, forecast) == (
+        "spent: 100 steps; 6.4 k images; 2 TMACs, 1.00 of the forecast; 50 s, 1.00 of the forecast; "
+        "energy not told by this machine"
+    )

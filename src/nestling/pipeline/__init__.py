@@ -18,6 +18,7 @@ from nestling.pipeline.training import join_ranks, train_supernet
 from nestling.profile import Measurement
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial
+from nestling.train.account import Spent
 from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress as TrainingProgress
 
@@ -28,6 +29,7 @@ __all__ = [
     "ReportFiles",
     "SearchResult",
     "Silent",
+    "Spent",
     "TrainingProgress",
     "TrainingRecord",
     "Trial",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from torch import nn
 
 from nestling.config import TrainConfig
 from nestling.models.supernet import Supernet
+from nestling.pipeline.counting import counted
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.workbench import Workbench
+from nestling.run import write_atomically
 from nestling.space import Arch
-from nestling.train.lessons import Teachers
 from nestling.train.loop import train
 from nestling.train.strategies import Alone
+from nestling.train.teachers import SoftLabels
 
 
 def train_alone(
@@ -69,13 +72,13 @@ def train_network(
     begins: nn.Module | None,
     strategy: Alone,
     config: TrainConfig,
-    teachers: Teachers | None,
+    teachers: SoftLabels | None,
     folder: Path,
     listener: Listener,
 ) -> nn.Module:
     """The network of `arch`, trained by itself on the run's images; not recalibrated yet.
 
-    Continues from the checkpoints in `folder`.
+    Continues from the checkpoints in `folder`; its `training.json` then tells what it cost.
 
     Args:
         bench: the run.
@@ -100,17 +103,21 @@ def train_network(
         dropout=config.dropout,
         drop_path=config.drop_path,
     ).to(bench.torch_device)
-    train(
-        supernet,
-        bench.data.train,
-        strategy=strategy,
-        config=config,
-        batch_size=bench.config.data.batch_size,
-        augment=bench.config.data.augment,
-        seed=bench.config.seed,
-        folder=folder,
-        device=bench.torch_device,
-        teachers=teachers,
-        on_record=listener.training,
-    )
+    with counted(bench, teachers=teachers) as account:
+        train(
+            supernet,
+            bench.data.train,
+            strategy=strategy,
+            config=config,
+            batch_size=bench.config.data.batch_size,
+            augment=bench.config.data.augment,
+            seed=bench.config.seed,
+            folder=folder,
+            device=bench.torch_device,
+            teachers=teachers,
+            on_record=listener.training,
+            account=account,
+        )
+    told = {"finished": True, "spent": account.spent().to_dict()}
+    write_atomically(folder / "training.json", json.dumps(told, indent=2).encode())
     return supernet.materialize(space.largest)

@@ -6,10 +6,12 @@ holds them together with the figures, and can be read at any time.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +108,8 @@ def evaluate_supernet(
         listener.stage(f"train alone, {number} of {len(missing)}: {arch.key}")
         folder = bench.run.folder / files[arch]
         make = partial(train_alone, bench, arch, epochs=asked.epochs, folder=folder, listener=listener)
-        trained[arch] = _score(bench, arch, f"{files[arch]}.json", make, clock)
+        name, cost = f"{files[arch]}.json", folder / "training.json"
+        trained[arch] = _score(bench, arch, name, make, clock, training=cost)
         found = _write(bench, asked, shared, trained, figures=True)
     for name in files.values():
         shutil.rmtree(bench.run.folder / name, ignore_errors=True)  # the checkpoints of what is done
@@ -139,9 +142,18 @@ def _known(bench: Workbench, arch: Arch, name: str) -> Scored | None:
 
 
 def _score(
-    bench: Workbench, arch: Arch, name: str, make: Callable[[], nn.Module], clock: Callable[[], float]
+    bench: Workbench,
+    arch: Arch,
+    name: str,
+    make: Callable[[], nn.Module],
+    clock: Callable[[], float],
+    *,
+    training: Path | None = None,
 ) -> Scored:
-    """The network that `make` makes of `arch`, recalibrated and scored; its result is written to `name`."""
+    """The network that `make` makes of `arch`, recalibrated and scored; its result is written to `name`.
+
+    Beside it stands what its training cost, where `training` is the file that tells.
+    """
     began = clock()
     network = make()
     resolution = bench.resolution(arch)
@@ -155,6 +167,8 @@ def _score(
         "hits": hits_to_text(found.hits),
         "seconds": found.seconds,
     }
+    if training is not None:
+        content["training"] = json.loads(training.read_text())["spent"]
     bench.run.write_json(name, content)
     return found
 

@@ -18,12 +18,11 @@ from typing import Any
 
 from nestling.config import ConfigError, TrainConfig
 from nestling.export import file_key, load_onnx, save_onnx, with_metadata
-from nestling.models.cost import cost
 from nestling.pipeline.alone import new_weights, train_network
 from nestling.pipeline.candidate import score, verify_candidate, write_candidate
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import hand_over
-from nestling.pipeline.workbench import Workbench
+from nestling.pipeline.workbench import Workbench, macs_of
 from nestling.space import Arch
 from nestling.train.evaluate import recalibrate
 from nestling.train.strategies import Alone
@@ -162,7 +161,11 @@ def _finetune(
 
     listener.stage("train from scratch" if asked.from_scratch else "fine-tune")
     steps = max(1, round(asked.epochs * bench.data.train.steps_per_epoch(bench.config.data.batch_size)))
-    macs = steps * bench.config.data.batch_size * (BACKWARD * bench.macs(arch) + _macs_of(bench, teachers))
+    macs = (
+        steps
+        * bench.config.data.batch_size
+        * (BACKWARD * bench.macs(arch) + (macs_of(teachers, bench.data.size) if teachers else 0))
+    )
     listener.note(f"{name}: {steps:,} steps, {macs:.3g} MACs")
     network = train_network(
         bench,
@@ -182,7 +185,8 @@ def _finetune(
     candidate = replace(candidate, worst_error=verify_candidate(bench, candidate))
     after = _accuracies(bench, candidate.path, arch)
     shutil.copyfile(checkpoints / "records.jsonl", folder / "training.jsonl")
-    more = {"finetuning": {**asdict(asked), "steps": steps, "macs": macs, "before": before, "after": after}}
+    spent = json.loads((checkpoints / "training.json").read_text())["spent"]
+    more = {"finetuning": {**asdict(asked), "spent": spent, "before": before, "after": after}}
     hand_over(bench, candidate, search_top1=after["search_top1"], more=more)
 
 
@@ -212,11 +216,6 @@ def _teachers(bench: Workbench, asked: Tuning) -> SoftLabels | None:
         except (ValueError, OSError) as error:
             raise ConfigError(f"teacher is {asked.teacher!r}: {error}") from error
     return SoftLabels([teacher], mean=bench.data.mean, std=bench.data.std).to(bench.torch_device)
-
-
-def _macs_of(bench: Workbench, teachers: SoftLabels | None) -> int:
-    held = teachers.teachers if teachers else ()
-    return sum(cost(teacher.network, teacher.side or bench.data.size).macs for teacher in held)
 
 
 def _accuracies(bench: Workbench, path: Path, arch: Arch) -> dict[str, Any]:

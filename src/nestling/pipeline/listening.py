@@ -6,6 +6,7 @@ from typing import Protocol
 
 from nestling.pipeline.forecast import Forecast
 from nestling.search import SearchResult, Trial
+from nestling.train.account import Spent
 from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress
 
@@ -23,6 +24,10 @@ class Listener(Protocol):
 
     def forecast(self, forecast: Forecast) -> None:
         """What training will cost."""
+        ...
+
+    def spent(self, spent: Spent, forecast: Forecast) -> None:
+        """What training has cost, and what was forecast of it."""
         ...
 
     def training(self, record: TrainingRecord, progress: Progress) -> None:
@@ -48,6 +53,9 @@ class Silent:
         """Hears nothing."""
 
     def forecast(self, forecast: Forecast) -> None:
+        """Hears nothing."""
+
+    def spent(self, spent: Spent, forecast: Forecast) -> None:
         """Hears nothing."""
 
     def training(self, record: TrainingRecord, progress: Progress) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nestling.pipeline.workbench import Workbench
 from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch, Tuned
+from nestling.report.units import count, duration, energy
 from nestling.search import SearchResult
 from nestling.train.records import read_records
 
@@ -43,6 +44,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
             for r in records
         ),
         shrinking_step=_shrinking_step(bench),
+        training_cost=training_cost(run.read_json("training.json") or {}),
         device_name=str(device.get("device", bench.config.profile.device)),
         device=device,
         data=_data_facts(bench),
@@ -135,6 +137,24 @@ def _shrinking_step(bench: Workbench) -> int | None:
     if config.strategy != "delayed-shrinking" or finished is None:
         return None
     return round(config.switch * int(finished["forecast"]["steps"]))
+
+
+def training_cost(finished: Mapping[str, Any]) -> dict[str, str]:
+    """What training cost, in words, beside its forecast; empty where nobody counted."""
+    spent, forecast = finished.get("spent"), finished.get("forecast")
+    if spent is None or forecast is None:
+        return {}
+    error = f" ± {count(spent['macs_error'])}" if spent["macs_error"] else ""
+    facts = {
+        "steps": f"{spent['steps']:,}",
+        "images": count(spent["images"]),
+        "multiply-accumulates": f"{count(spent['macs'])}{error} (forecast {count(forecast['macs'])})",
+        "wall time": f"{duration(spent['seconds'])} (forecast {duration(forecast['seconds'])})",
+    }
+    told = {
+        f"energy, {part}": energy(joules) for part, joules in spent["joules"].items() if joules is not None
+    }
+    return facts | (told or {"energy": "not told by the machine"})
 
 
 def _device_facts(reference: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from nestling.config import RunConfig
+from nestling.pipeline.counting import counted
 from nestling.pipeline.forecast import forecast
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.workbench import Workbench, even_batch, find_device
@@ -65,7 +66,7 @@ def train_supernet(bench: Workbench, *, listener: Listener) -> None:
         told = ranks.sum(torch.tensor([correct, total], device=bench.torch_device)).tolist()
         return float(told[0] / told[1])
 
-    with bench.timed("train") if ranks.first else nullcontext():
+    with bench.timed("train") if ranks.first else nullcontext(), counted(bench) as account:
         train(
             supernet,
             data.train.divided(ranks.rank, of=ranks.world),
@@ -80,6 +81,10 @@ def train_supernet(bench: Workbench, *, listener: Listener) -> None:
             ranks=ranks,
             estimate=estimate,
             on_record=listener.training,
+            account=account,
         )
+    spent = account.spent()
+    listener.spent(spent, expected)
     if ranks.first:
-        bench.run.write_json("training.json", {"finished": True, "forecast": expected.to_dict()})
+        told = {"finished": True, "forecast": expected.to_dict(), "spent": spent.to_dict()}
+        bench.run.write_json("training.json", told)

@@ -17,7 +17,7 @@ from nestling.data import Data, EvalImages, load_data
 from nestling.models.building import build_shapes
 from nestling.models.cost import cost
 from nestling.models.families import Family, family
-from nestling.models.supernet import Supernet
+from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.checking import check_space
 from nestling.profile import Device, MeasurementStore, connect
 from nestling.run import Run, RunError
@@ -47,6 +47,7 @@ class Workbench:
         self.ranks = ranks
         self.config = run.config()
         self._macs: dict[Arch, int] = {}
+        self._teachers_macs: dict[int, int] = {}
 
     @cached_property
     def data(self) -> Data:
@@ -137,13 +138,19 @@ class Workbench:
         teachers = [load_teacher(name, classes=classes) for name in names]
         return SoftLabels(teachers, mean=self.data.mean, std=self.data.std).to(self.torch_device)
 
-    @cached_property
+    @property
     def teachers_macs(self) -> int:
         """The multiply-accumulates of one image through all teachers, or else through a frozen largest."""
-        if self.teachers is None:
-            return self.macs(self.space.largest)
-        held = self.teachers.teachers
-        return sum(cost(teacher.network, teacher.side or self.data.size).macs for teacher in held)
+        return self.teachers_macs_at(self.data.size)
+
+    def teachers_macs_at(self, side: int) -> int:
+        """The same, for one image of `side` pixels; counted once."""
+        if side not in self._teachers_macs:
+            if self.teachers is None:
+                self._teachers_macs[side] = self.macs(capped(self.space.largest, side))
+            else:
+                self._teachers_macs[side] = macs_of(self.teachers, side)
+        return self._teachers_macs[side]
 
     @property
     def checkpoints(self) -> Path:
@@ -262,6 +269,11 @@ class Workbench:
     def resolution(self, arch: Arch) -> int:
         """The side of the images that `arch` reads, in pixels."""
         return arch.integer("resolution")
+
+
+def macs_of(teachers: SoftLabels, side: int) -> int:
+    """The multiply-accumulates of one image of `side` pixels through all of `teachers`."""
+    return sum(cost(teacher.network, teacher.side or side).macs for teacher in teachers.teachers)
 
 
 def find_device(asked: str) -> torch.device:

@@ -110,4 +110,3 @@ def _with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
     if found.axis is None:
         needed = needed.amax()
     return Range(torch.maximum(found.scale, needed), found.zero_point, found.dtype, found.axis)
-

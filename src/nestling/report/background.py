@@ -77,6 +77,7 @@ def circumstances(content: ReportContent) -> Markup | None:
         "Device": device,
         "Data": content.data,
         "Search space": content.space_summary,
+        "Training": content.training_cost,
         "Time": times,
         "Versions": content.versions,
     }

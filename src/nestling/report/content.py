@@ -169,6 +169,8 @@ class ReportContent:
     training: tuple[TrainingPoint, ...] = ()
     shrinking_step: int | None = None
     """The training step at which smaller networks joined the largest; None where they always took part."""
+    training_cost: Mapping[str, str] = field(default_factory=dict)
+    """What training cost, in words."""
     device_name: str = ""
     device: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)

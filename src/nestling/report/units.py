@@ -77,7 +77,7 @@ def milliseconds(value: float) -> str:
 
 def count(value: float) -> str:
     """1234567 as `1.23 M`, 2600 as `2.60 k`."""
-    for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for bound, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
             return f"{short(value / bound)}{THIN}{unit}"
     return short(value) if value != int(value) else str(int(value))
@@ -89,6 +89,14 @@ def byte_size(value: int) -> str:
         if value >= bound:
             return f"{short(value / bound)}{THIN}{unit}"
     return f"{value}{THIN}B"
+
+
+def energy(joules: float) -> str:
+    """41234 as `41.2 kJ`, 12 as `12.0 J`."""
+    for bound, unit in ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ")):
+        if joules >= bound:
+            return f"{short(joules / bound)}{THIN}{unit}"
+    return f"{short(joules)}{THIN}J"
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from nestling.models.initialization import zero_last_norms
 from nestling.models.sorting import shapes_within, sort_channels
 from nestling.models.supernet import Supernet
 from nestling.space import Arch
+from nestling.train.account import Account
 from nestling.train.averaging import WeightAverage, averaged_weights
 from nestling.train.checkpoint import (
     Checkpoint,
@@ -63,6 +65,7 @@ def train(
     ranks: Ranks = ALONE,
     estimate: Callable[[Arch], float] | None = None,
     on_record: Callable[[TrainingRecord, Progress], None] | None = None,
+    account: Account | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[TrainingRecord]:
     """The records of the whole run, after which `supernet` holds the trained weights.
@@ -88,6 +91,7 @@ def train(
         estimate: top-1 of an arch, for the records; called once an epoch for the largest and the smallest,
             on every rank.
         on_record: called after every step with what is known.
+        account: counts what the run costs, from where the checkpoint's left off.
         clock: seconds.
 
     Raises:
@@ -133,6 +137,8 @@ def train(
     first_loss: float | None = begun.state["first_loss"] if begun else None
     gaps: dict[str, float] = dict(begun.state.get("gaps", {})) if begun else {}
     first = begun.step if begun else 0
+    if account is not None:
+        account.begin(begun.state.get("account") if begun else None, ranks=ranks)
     saved_at = epoch_began = clock()
     supernet.train()
 
@@ -141,10 +147,12 @@ def train(
         tensors |= optimizer_tensors(optimizer, parameters)
         if isinstance(teachers, Frozen):
             tensors |= teachers.tensors()
-        state = {"scaler": precision.state(), "first_loss": first_loss, "gaps": gaps}
+        state: dict[str, Any] = {"scaler": precision.state(), "first_loss": first_loss, "gaps": gaps}
         if averaged is not None:
             tensors |= averaged.tensors()
             state["updates"] = averaged.updates
+        if account is not None:
+            state["account"] = account.state()
         try:
             save_checkpoint(folder, Checkpoint(step, tensors, state))
         except ValueError as error:
@@ -201,6 +209,8 @@ def train(
             raise LessonError(f"{error}, as {strategy} says at step {step}") from None
         losses, loss = taught.losses, taught.losses[0]
         gaps = remember(gaps, taught.gaps)
+        if account is not None:
+            account.step(progress, visits, taught.archs, batch=batch)
         precision.step(optimizer, trained, clip_norm=config.clip_norm, clip_value=config.clip_value)
         if averaged is not None:
             averaged.update()
@@ -233,6 +243,8 @@ def train(
                     largest, smallest = map(estimate, (supernet.space.largest, supernet.space.smallest))
                 record = replace(record, largest_top1=largest, smallest_top1=smallest)
                 supernet.train()
+            if account is not None:
+                account.settle()
             records.append(record)
             if ranks.first:
                 append_record(folder, record)

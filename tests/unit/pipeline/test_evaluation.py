@@ -131,6 +131,12 @@ def test_networks_trained_alone_are_scored_beside_their_shared_weights(
     network = train_alone(bench, largest, epochs=1.0, folder=tmp_path, listener=Silent())
     recalibrate(network, bench.recalibration_images(16))
     assert told[-1]["top1"] == top1(network, bench.data.search.at(16, batch_size=64)).top1
+    result = json.loads((evaluated / "evaluation" / f"{largest.key}-alone-1.json").read_text())
+    spent = json.loads((tmp_path / "training.json").read_text())["spent"]
+    images = 3 * 64  # of 200, in batches of 64
+    assert (spent["steps"], spent["images"]) == (3, images)
+    assert spent["macs"] == 3 * images * bench.macs(largest)
+    assert without_seconds(result["training"]) == without_seconds(spent)
     gap = [a["top1"] - s["top1"] for s, a in zip(told, found["subnets"][-2:], strict=True)]
     assert found["alone"]["gap"]["value"] == pytest.approx(sum(gap) / 2)
 

@@ -154,7 +154,7 @@ def test_it_is_handed_over_as_a_member_of_the_front_is(tuned: tuple[Workbench, d
     assert asked == {name: card["finetuning"][name] for name in asked}
     assert metadata["nestling.arch_key"] == card["arch_key"] == small(bench).key
     lines = (folder / "training.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == card["finetuning"]["steps"]
+    assert json.loads(lines[-1])["step"] == card["finetuning"]["spent"]["steps"]
 
 
 def test_a_training_that_was_interrupted_ends_with_the_same_file_to_the_bit(
@@ -169,7 +169,7 @@ def test_a_training_that_was_interrupted_ends_with_the_same_file_to_the_bit(
     found = finetune(opened(fresh.run.folder, device), arch, asked, listener=resumed)
     # a step is kept before it is told of
     assert resumed.heard[0] in (3, 4)
-    assert resumed.heard[-1] == card["finetuning"]["steps"]
+    assert resumed.heard[-1] == card["finetuning"]["spent"]["steps"]
     assert found["sha256"] == card["sha256"]
     assert found["finetuning"] == card["finetuning"]
     assert not any((fresh.run.folder / "finetuning").iterdir())

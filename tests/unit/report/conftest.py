@@ -83,6 +83,7 @@ def content(member: Member) -> ReportContent:
             for step in range(20)
         ),
         shrinking_step=10,
+        training_cost={"multiply-accumulates": "2.20 T (forecast 2.00 T)"},
         device_name="a small board",
         device={"address": "ort:cpu?threads=1"},
         data={"source": "digits"},

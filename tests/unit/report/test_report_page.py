@@ -337,3 +337,8 @@ def test_a_member_keeps_its_number_everywhere(content: ReportContent) -> None:
     html = report_html(content)
     for number, member in enumerate(content.ordered_members, start=1):
         assert f'<a href="#network-{number}">{member.name}</a>' in html
+
+
+def test_what_training_cost_is_on_the_page(content: ReportContent) -> None:
+    assert "2.20 T (forecast 2.00 T)" in report_html(content)
+    assert "2.20 T (forecast 2.00 T)" not in report_html(replace(content, training_cost={}))

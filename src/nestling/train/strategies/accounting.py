@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from nestling.space import Arch, SearchSpace
 from nestling.train.strategies.visits import Progress, Strategy, Visit
@@ -35,6 +36,19 @@ def visits_macs(
         total += look_ahead + sum(costs) / len(costs) * (BACKWARD if visit.weight else 1.0)
         asks |= visit.teacher > 0
     return total + (teachers_macs if asks else 0.0)
+
+
+def forward_passes(visits: Sequence[Visit], winners: Sequence[Arch]) -> Counter[Arch]:
+    """How many forward passes' worth each arch had in a step, by the rule of `visits_macs`.
+
+    Of a contest the winner is known here: `winners` holds the arch that each of `visits` was made with.
+    """
+    passes: Counter[Arch] = Counter()
+    for visit, winner in zip(visits, winners, strict=True):
+        if visit.rivals:
+            passes.update((visit.arch, *visit.rivals))
+        passes[winner] += int(BACKWARD) if visit.weight else 1
+    return passes
 
 
 def training_macs(
