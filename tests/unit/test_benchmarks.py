@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,14 +17,24 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
+from torch import nn
+
+from nestling.data import Batch
+from nestling.models.mobilenet import build
+from nestling.models.supernet import Supernet
+from nestling.space import Choice, SearchSpace, Value, load_space
+from nestling.train.lessons import teach
+from nestling.train.optimization import Precision
+from nestling.train.strategies import Visit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "convert_sweep", "cost_counter", "ddp", "kill_resume", "lending_overhead", "sorted_net",
-    "strategies", "timm_sweep", "training_speed", "verify_export",
+    "strategies", "timm_sweep", "train_step", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -41,6 +52,14 @@ def size(largest: float, sandwich: float, faster: float) -> dict[str, Any]:
     medians = {"largest": largest, "sandwich": sandwich, "sandwich / channels-first": faster}
     medians["sandwich / one update"] = 2.0  # told, not judged
     return {"ratios": {name: {"median": median} for name, median in medians.items()}}
+
+
+def step_sizes(ratio: str, at_32: float, at_128: float) -> dict[str, Any]:
+    told = {"elastic / plain": {"median": 9.0}}  # not judged
+    return {
+        pixels: {"ratios": {ratio: {"median": median}, **told}}
+        for pixels, median in (("32", at_32), ("128", at_128))
+    }
 
 
 def strategy_row(area: float) -> dict[str, Any]:
@@ -67,6 +86,13 @@ def good_figures(name: str) -> dict[str, Any]:
         return {
             "spaces": spaces, "resumed_difference": 1e-5, "step_seconds": 0.5, "averaging_seconds": 0.01,
         }  # fmt: skip
+    if name == "train_step":
+        return {
+            "spaces": {
+                "once-for-all": {"sizes": step_sizes("nestling / ofa", 0.45, 0.65)},
+                "AttentiveNAS": {"sizes": step_sizes("nestling / elastic", 0.49, 0.7)},
+            }
+        }
     if name == "training_speed":
         medians = {"built in the step": 1.2, "averaged": 1.01, "curriculum": 0.7}
         ratios = {each: {"median": median} for each, median in medians.items()}
@@ -112,6 +138,10 @@ def change(*path: str | int, to: Any) -> Edit:
     return edit
 
 
+def change_step(space: str, pixels: str, ratio: str, *, to: float) -> Edit:
+    return change("spaces", space, "sizes", pixels, "ratios", ratio, "median", to=to)
+
+
 BAD: list[tuple[str, Edit]] = [
     ("lending_overhead", change("sizes", "32", "ratios", "largest", "median", to=1.06)),
     ("lending_overhead", change("sizes", "128", "ratios", "largest", "median", to=1.06)),
@@ -130,6 +160,10 @@ BAD: list[tuple[str, Edit]] = [
     ("ddp", change("spaces", "vit_cifar", "exchanges", to=4)),
     ("ddp", change("spaces", "mobilenet_cifar_small", "difference", to=float("nan"))),
     ("ddp", change("resumed_difference", to=1e-3)),
+    ("train_step", change_step("once-for-all", "32", "nestling / ofa", to=0.51)),
+    ("train_step", change_step("once-for-all", "128", "nestling / ofa", to=0.81)),
+    ("train_step", change_step("AttentiveNAS", "32", "nestling / elastic", to=0.51)),
+    ("train_step", change_step("AttentiveNAS", "128", "nestling / elastic", to=float("nan"))),
     ("training_speed", change("ratios", "averaged", "median", to=1.06)),
     ("training_speed", change("ratios", "curriculum", "median", to=float("nan"))),
     ("sorted_net", change("seeds", 0, "top1", to=[0.70, 0.76, 0.80])),
@@ -402,6 +436,128 @@ def test_sorted_networks_are_told_with_their_sizes(load: Load) -> None:
     assert "| 160 (all) | 0.75 - 6.83 | 24 - 285 | 65.1 | 0.814 | 0.812 |" in table
     assert "| largest | 6.83 | 285 | 80.0 | 80.0 | 1.000 | 1.000 |" in table
     assert "0.8137 of the largest's trained alone, 80.0 %" in module.sentence(figures)
+
+
+def test_without_the_package_only_the_other_space_is_judged(load: Load) -> None:
+    module, figures = load("train_step"), good_figures("train_step")
+    for size in figures["spaces"]["once-for-all"]["sizes"].values():
+        del size["ratios"]["nestling / ofa"]
+    assert module.misses(figures) == []
+    assert "not compared, the package could not be had" in module.sentence(figures)
+    figures["spaces"]["AttentiveNAS"]["sizes"]["32"]["ratios"]["nestling / elastic"]["median"] = 0.6
+    assert len(module.misses(figures)) == 1
+
+
+def small_space() -> SearchSpace:
+    """Two stages of MobileNet with every kind of elasticity, and squeeze-and-excitation."""
+    constants: dict[str, Value] = {
+        "classes": 5, "stem.width": 8, "s1.block": "ds", "s1.width": 8,
+        "s2.block": "mbconv", "s2.se": 0.25, "s2.stride": 2, "act": "relu",
+    }  # fmt: skip
+    choices: dict[str, tuple[Value, ...]] = {name: (value,) for name, value in constants.items()}
+    choices |= {"s2.width": (8, 16), "s2.depth": (1, 2), "s2.kernel": (3, 5), "s2.expand": (2, 4)}
+    choices["head.width"] = (16, 24)
+    return SearchSpace("mobilenet", tuple(Choice(name, values) for name, values in choices.items()))
+
+
+def test_the_elastic_network_learns_as_plain_networks_do(load: Load) -> None:
+    module, space = load("train_step_elastic"), small_space()
+    torch.manual_seed(0)
+    supernet = Supernet(space, build).train()
+    images, labels = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+    elastic = module.ElasticNetwork(
+        copy.deepcopy(supernet.largest), lambda network: torch.optim.SGD(network.parameters(), lr=0.1)
+    )
+    drawn = space.canonical({c.name: c.values[0] for c in space.choices} | {"s2.depth": 2, "s2.kernel": 5})
+    archs = (space.largest, space.smallest, drawn)
+    shapes = [{n: p.shape for n, p in supernet.materialize(a).named_parameters()} for a in archs]
+    with torch.no_grad():
+        for arch, subnet in zip(archs, shapes, strict=True):
+            expected = supernet.materialize(arch).train()(images)
+            torch.testing.assert_close(elastic.logits(images, subnet), expected, rtol=1e-4, atol=1e-5)
+    losses = elastic.step(images, labels, shapes, smoothing=0.1)
+    visits = [Visit(space.largest), *(Visit(arch, learns_from=space.largest) for arch in archs[1:])]
+    precision = Precision("off", torch.device("cpu"))
+    taught = teach(supernet, Batch(images, labels), visits, smoothing=0.1, precision=precision)
+    assert losses == pytest.approx(taught.losses, rel=1e-4)
+    found = dict(elastic.network.named_parameters())
+    for name, parameter in supernet.largest.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(
+            found[name].grad, parameter.grad.contiguous(), rtol=1e-3, atol=1e-5, msg=name
+        )
+
+
+def test_the_elastic_network_keeps_channels_first_order(load: Load) -> None:
+    space = small_space()
+    supernet = Supernet(space, build)
+    elastic = load("train_step_elastic").ElasticNetwork(
+        copy.deepcopy(supernet.largest), lambda network: torch.optim.SGD(network.parameters(), lr=0.1)
+    )
+    seen: list[torch.Tensor] = []
+    for stage in elastic.stages.values():
+        stage.register_forward_hook(lambda _module, _inputs, found: seen.append(found))
+    shapes = {name: parameter.shape for name, parameter in supernet.largest.named_parameters()}
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        elastic.logits(images, shapes)
+        elastic.logits(images.contiguous(memory_format=torch.channels_last), shapes)
+    first, last = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(each.is_contiguous() for each in first)
+    assert not any(each.is_contiguous() for each in last)  # or the order could not be seen here
+    for parameter in elastic.network.parameters():
+        assert parameter.stride() == torch.empty(parameter.shape).stride()
+
+
+def test_a_network_with_groups_is_not_made_elastic(load: Load) -> None:
+    network = nn.Module()
+    network.add_module("blocks", nn.Sequential())
+    network.add_module("stem", nn.Conv2d(8, 8, 3, groups=2))
+    with pytest.raises(ValueError, match="stem has 2 groups"):
+        load("train_step_elastic").ElasticNetwork(network, lambda _: None)
+
+
+def test_the_package_is_told_the_arch_block_by_block(load: Load) -> None:
+    space = load_space(BENCHMARKS.parent / "search_spaces" / "ofa_mobilenetv3_w10.toml")
+    decided = {"s2.depth": 3, "s2.b2.kernel": 5, "s3.b1.expand": 4, "s6.depth": 4, "s6.b4.kernel": 7}
+    arch = space.canonical({choice.name: choice.values[0] for choice in space.choices} | decided)
+    expected = {"ks": [3] * 20, "e": [3] * 20, "d": [3, 2, 2, 2, 4]}
+    expected["ks"][1], expected["ks"][19], expected["e"][4] = 5, 7, 4
+    assert load("train_step").ofa_setting(arch) == expected
+
+
+def test_steps_that_learn_something_else_end_the_comparison(load: Load) -> None:
+    module = load("train_step")
+    steps = {"nestling": module.Step(1.0, [7.0, 6.0]), "ofa": module.Step(2.0, [7.0, 6.0003])}
+    assert module.loss_difference(steps) == pytest.approx(5e-5)
+    with pytest.raises(SystemExit, match=r"differ by 1\.\de-02"):
+        module.loss_difference(steps | {"elastic": module.Step(2.0, [7.1, 6.0])})
+
+
+def test_a_peer_answers_line_by_line_and_its_end_is_told(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("train_step_peer")
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys\nfor line in sys.stdin:\n    print(1 // (len(line) - 3) or line.strip(), flush=True)\n"
+    )
+    monkeypatch.setattr(module, "WORKER", worker)
+    with module.Peer(Path(sys.executable)) as peer:
+        assert peer.ask({"step": [1]}) == {"step": [1]}
+        with pytest.raises(module.PeerError, match="ZeroDivisionError"):
+            peer.ask({})
+        with pytest.raises(module.PeerError):
+            peer.ask({"step": [1]})
+
+
+def test_a_package_that_cannot_be_installed_is_told_with_the_reason(load: Load, tmp_path: Path) -> None:
+    module = load("train_step_peer")
+    with pytest.raises(module.PeerError, match="No matching distribution"):
+        module._said([sys.executable, "-c", "raise SystemExit('ERROR: No matching distribution')"])
+    (tmp_path / "file").touch()
+    with pytest.raises(module.PeerError, match="no virtual environment can be made"):
+        module.interpreter_with_package(tmp_path / "file")
 
 
 def write_tensors(path: Path, **tensors: np.ndarray[Any, Any]) -> Path:
