@@ -273,6 +273,26 @@ def profile(
 
 
 @app.command()
+def precisions(
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Such as ort:cpu?threads=1.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell which precisions a device executes, how fast, and which it refuses; by trying each."""
+    from nestling import console, pipeline
+    from nestling.profile import connect
+
+    with connect(device) as connected, console.display() as listener:
+        listener.note(f"device: {connected.fingerprint}")
+        findings = pipeline.probe_precisions(
+            connected,
+            timed=True,
+            on_found=lambda found: listener.trying(f"{found.precision}, {found.kind}: {found.status}"),
+        )
+        facts = pipeline.table_facts(connected, findings)
+    console.print_precisions(facts, as_json=as_json)
+
+
+@app.command()
 def space(
     file: Annotated[
         Path | None,

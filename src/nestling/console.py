@@ -121,6 +121,12 @@ class Display:
         """The bar of the export."""
         self._advance("exporting", number, total, name)
 
+    def trying(self, text: str) -> None:
+        """A probe of a device is done."""
+        if self._task is None:
+            self._task = self.progress.add_task("trying", total=None, text=text)
+        self.progress.update(self._task, text=text)
+
     def _advance(self, what: str, done: int, total: int, text: str) -> None:
         if self._task is None:
             self._task = self.progress.add_task(what, total=total, text=text)
@@ -287,6 +293,58 @@ def print_measurement(model: Path, measurement: Measurement, *, as_json: bool) -
     if measurement.unstable:
         table.add_row("unstable", "the machine was busy; measure again")
     _wide().print(table)
+
+
+def print_precisions(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a device makes of each precision: a row for each kind of operator."""
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    findings = facts["findings"]
+    cells = {(found["kind"], found["precision"]): found for found in findings}
+    asked = {found["precision"]: False for found in findings}
+    for found in findings:
+        asked[found["precision"]] |= found["status"] != "simulated" or found["error"] is not None
+    columns = [name for name, tried in asked.items() if tried]
+    research = [name for name, tried in asked.items() if not tried]
+    console = _wide()
+    console.print(f"{facts['device']}: speed against fp32, bytes of a layer", markup=False, highlight=False)
+    table = Table()
+    table.add_column("operator")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for kind in dict.fromkeys(found["kind"] for found in findings):
+        table.add_row(kind, *(_cell(cells.get((kind, name))) for name in columns))
+    console.print(table)
+    lines = [
+        "2.00x: twice as fast as fp32, in a chain of such layers; ?: the machine was restless; "
+        "float: it runs, but computes in 32-bit floats; -: the precision leaves it as it is"
+    ]
+    if facts["fingerprint"]["int8_saturates"]:
+        lines.append("8-bit products saturate here, so weights keep to 7 bits")
+    if research:
+        lines.append(f"simulated only, for research: {', '.join(research)}")
+    lines += [
+        f"not usable: {name}: {reason}" for name, reason in facts["dropped"].items() if name not in research
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    """One finding in few characters, such as `2.81x 27%`."""
+    if found is None:
+        return "-"
+    if found["status"] == "refused":
+        return "refused"
+    words = [] if found["right"] else ["wrong"]
+    if found["status"] == "simulated":
+        words.append("float")
+    if found["speedup"] is not None:
+        words.append(f"{found['speedup']:.2f}x{'?' if found['unstable'] else ''}")
+    if found["size"] is not None:
+        words.append(f"{found['size']:.0%}")
+    return " ".join(words)
 
 
 def print_space(file: Path, summary: Mapping[str, Any]) -> None:

@@ -41,7 +41,18 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_lists_every_command() -> None:
     told = _nestling("--help").stdout
-    for command in ("run", "train", "evaluate", "search", "export", "finetune", "report", "profile", "space"):
+    for command in (
+        "run",
+        "train",
+        "evaluate",
+        "search",
+        "export",
+        "finetune",
+        "report",
+        "profile",
+        "precisions",
+        "space",
+    ):
         assert command in told
 
 
@@ -64,6 +75,7 @@ def test_help_lists_every_command() -> None:
         (("frobnicate",), 2, "No such command"),
         (("profile", "nowhere.onnx"), 3, "nowhere.onnx"),
         (("profile", "nowhere.onnx", "--device", "ort:gpu"), 3, "ort:gpu"),
+        (("precisions", "ort:gpu"), 3, "ort:gpu"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -5,6 +5,8 @@ from nestling.pipeline.finetuning import finetune, tuning
 from nestling.pipeline.forecast import Forecast
 from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
+from nestling.pipeline.precisions import probe as probe_precisions
+from nestling.pipeline.precisions import table_facts
 from nestling.pipeline.stages import (
     export_arch,
     export_front,
@@ -43,11 +45,13 @@ __all__ = [
     "make_report",
     "open_run",
     "prepare",
+    "probe_precisions",
     "propose_space",
     "run_all",
     "search_supernet",
     "space_axes",
     "space_summary",
+    "table_facts",
     "train_supernet",
     "tuning",
 ]

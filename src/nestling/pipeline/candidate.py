@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from nestling.data import EvalImages
-from nestling.export import ExportMismatch, save_onnx, to_onnx, verify, with_metadata
+from nestling.export import ExportMismatch, verify
 from nestling.models.cost import Cost, cost
 from nestling.models.graph import Graph, trace
 from nestling.pipeline.workbench import Workbench
+from nestling.pipeline.writing import simulated_logits, write_file
 from nestling.profile import Device, DeviceError, Measurement
-from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate
+from nestling.quant import QuantPolicy, Range
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -89,17 +90,16 @@ def write_candidate(
     try:
         image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
         graph = trace(network, resolution=resolution, image=image)
-        ranges = observe(
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ranges = write_file(
             graph,
             quant_policy(bench, arch),
             bench.calibration_images(resolution),
+            path,
             reduce_range=bench.device.fingerprint.int8_saturates,
+            dynamic_batch=bench.config.export.dynamic_batch,
+            metadata=file_metadata(bench, arch),
         )
-        model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
-        if ranges:
-            model = insert_qdq(model, ranges)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_onnx(with_metadata(model, file_metadata(bench, arch)), path)
     except ValueError as error:
         raise EvaluationFailed(str(error)) from error
     candidate = Candidate(arch, path, network, graph, ranges, cost(network, resolution), resolution)
@@ -116,7 +116,7 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
     quantized = candidate.is_quantized
     with torch.no_grad():
         expected = (
-            simulate(candidate.graph, candidate.ranges).run(images)
+            simulated_logits(candidate.graph, candidate.ranges, images)
             if quantized
             else candidate.network(images)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from nestling.export import (
@@ -24,6 +24,7 @@ from nestling.pipeline.candidate import (
     verify_candidate,
     write_candidate,
 )
+from nestling.pipeline.islands import float_islands
 from nestling.pipeline.workbench import Workbench
 from nestling.run import RunError, write_atomically
 from nestling.search import SearchResult, spread_along_front
@@ -148,6 +149,9 @@ def hand_over(
         "peak_bytes": candidate.peak_bytes,
         "resolution": candidate.resolution,
         "worst_error": candidate.worst_error,
+        "float_islands": [
+            asdict(node) for node in float_islands(bench.device, path, candidate.graph, candidate.ranges)
+        ],
         "quantized": candidate.is_quantized,
         "preprocessing": bench.data.search.preprocessing(candidate.resolution),
         "precisions": {

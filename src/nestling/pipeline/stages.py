@@ -26,6 +26,7 @@ from nestling.pipeline.candidate import (
 )
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
+from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
@@ -75,6 +76,7 @@ def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Rank
         listener.note(f"continuing the run in {folder}")
     listener.stage("prepare")
     try:
+        offer_precisions(bench, listener=listener)
         _refuse_early(bench)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error

@@ -29,6 +29,8 @@ from nestling.train.strategies import Strategy, make_strategy
 from nestling.train.teachers import SoftLabels, load_teacher
 
 EVALUATION_BATCH = 256
+OFFERED = "precisions.json"
+"""The run's file of the precisions that its device can use, and of those that were dropped."""
 
 
 class Workbench:
@@ -75,6 +77,11 @@ class Workbench:
         saved = self.run.space_file
         return load_space(saved if saved.exists() else Path(self.config.space))
 
+    @property
+    def given_space(self) -> SearchSpace:
+        """The search space as its file has it, before the data and the device have their say."""
+        return self._bare_space
+
     @cached_property
     def space(self) -> SearchSpace:
         """The search space, with the number of classes that the data has, and its size of images if need be.
@@ -89,11 +96,17 @@ class Workbench:
         return space
 
     def fitted(self, space: SearchSpace) -> SearchSpace:
-        """`space` with what comes from the data: `classes`, and `resolution` where it has none."""
+        """`space` with what comes from data and device.
+
+        `classes`, and `resolution` where it has none; and without the precisions that the device cannot use,
+        as found when the run began.
+        """
         constants: dict[str, Value] = {"classes": len(self.data.classes)}
         if "resolution" not in space.by_name:
             constants["resolution"] = self.data.size
-        return space.with_constants(constants)
+        offered = (self.run.read_json(OFFERED) or {}).get("offered", {})
+        cut = {name: values for name, values in offered.items() if name in space.by_name}
+        return space.only(cut).with_constants(constants) if cut else space.with_constants(constants)
 
     @cached_property
     def family(self) -> Family:

@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestling.profile.address import Address, parse_address
+from nestling.profile.kernels import Kernel, OptimizedOp
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.reference import reference_model
 from nestling.profile.store import MeasurementStore
@@ -27,20 +28,9 @@ START_SECONDS = 60.0
 """What starting a worker may take: Python, the runtime's libraries, the reference model."""
 REFERENCE = "reference"
 CANDIDATE = "candidate"
+BESIDE = "beside"
 _COPY = re.compile(r"_token_\d+$")
 """What the runtime appends to a node's name when it changes the node's layout."""
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizedOp:
-    """A node that is left after the runtime's optimizations.
-
-    A quantized layer keeps its name (`stem`, as `com.microsoft.QLinearConv`); a convolution in float that the
-    CPU runs in blocks of channels is named after its output (`maps_nchwc`, `com.microsoft.nchwc.Conv`).
-    """
-
-    name: str
-    op: str
 
 
 class Device(Protocol):
@@ -72,6 +62,20 @@ class Device(Protocol):
 
     def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
         """What the runtime makes of the file.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def kernels(self, path: Path) -> tuple[Kernel, ...]:
+        """What the runtime runs for the file.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+        """How long the file takes beside another one, which stands for the reference model.
 
         Raises:
             DeviceError: as `measure`.
@@ -244,8 +248,56 @@ class WorkerDevice:
             self.start()
             answer = self._ask("optimized", model, path=path, until=self._until())
         return tuple(
-            OptimizedOp(name=_COPY.sub("", node["name"]), op=node["op"]) for node in answer.message["nodes"]
+            OptimizedOp(
+                name=_COPY.sub("", node["name"]),
+                op=node["op"],
+                reads=tuple(node["reads"]),
+                writes=tuple(node["writes"]),
+            )
+            for node in answer.message["nodes"]
         )
+
+    def kernels(self, path: Path) -> tuple[Kernel, ...]:
+        """The kernels that the runtime runs for one input of the file, in order, as its profile tells them.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            answer = self._ask("kernels", model, path=path, until=self._until())
+        return tuple(
+            Kernel(
+                name=_COPY.sub("", kernel["name"]),
+                op=kernel["op"],
+                provider=kernel["provider"],
+                reads=tuple(kernel["reads"]),
+                writes=tuple(kernel["writes"]),
+            )
+            for kernel in answer.message["kernels"]
+        )
+
+    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+        """How long the file takes beside `other`, which stands for the reference model; kept nowhere.
+
+        Args:
+            path, other: the files.
+            seconds: the longest that timing may take after warm-up.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model, beside = self._read(path), self._read(other)
+        with self._alone:
+            self.start()
+            try:
+                self._ask("load", beside, path=other, until=self._until(), model=BESIDE)
+                measurement = self._time(path, model, reference=BESIDE, seconds=seconds)
+            finally:
+                self._drop(models=[BESIDE])
+        key = hashlib.sha256(beside).hexdigest()[:12]
+        return replace(measurement, fingerprint=replace(measurement.fingerprint, reference=key))
 
     def close(self) -> None:
         """Ends the worker."""
@@ -283,7 +335,9 @@ class WorkerDevice:
             int8_saturates=said["int8_saturates"],
         )
 
-    def _time(self, path: Path, model: bytes) -> Measurement:
+    def _time(
+        self, path: Path, model: bytes, *, reference: str = REFERENCE, seconds: float | None = None
+    ) -> Measurement:
         fingerprint = self.start()
         until = self._until()
         try:
@@ -293,17 +347,17 @@ class WorkerDevice:
                 path=path,
                 until=until,
                 model=CANDIDATE,
-                reference=REFERENCE,
-                seconds=self.seconds,
+                reference=reference,
+                seconds=self.seconds if seconds is None else seconds,
                 tolerance=self.tolerance,
             )
         finally:
             self._drop(models=[CANDIDATE])
-        candidate, reference = np.frombuffer(answer.blob, dtype="<i8").reshape(2, -1) / 1e9
+        candidate, beside = np.frombuffer(answer.blob, dtype="<i8").reshape(2, -1) / 1e9
         return Measurement(
             fingerprint=fingerprint,
             seconds=tuple(candidate.tolist()),
-            reference_seconds=tuple(reference.tolist()),
+            reference_seconds=tuple(beside.tolist()),
             load_seconds=loaded["load_seconds"],
             first_seconds=loaded["first_seconds"],
         )

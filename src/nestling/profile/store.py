@@ -23,6 +23,15 @@ CREATE TABLE IF NOT EXISTS measurement (
 ) WITHOUT ROWID
 """
 
+_FACTS = """
+CREATE TABLE IF NOT EXISTS fact (
+    name TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (name, fingerprint)
+) WITHOUT ROWID
+"""
+
 
 class StoreError(RuntimeError):
     """A measurement store that cannot be used; the message names its file."""
@@ -90,6 +99,21 @@ class MeasurementStore:
             ).fetchone()
             connection.execute("COMMIT")
         return self._parse(row[0])
+
+    def recall(self, name: str, *, fingerprint: Fingerprint) -> str | None:
+        """What was remembered of the device under `name`, or None."""
+        with self._open() as connection:
+            connection.execute(_FACTS)  # a file of an earlier version has no such table
+            row = connection.execute(
+                "SELECT content FROM fact WHERE name = ? AND fingerprint = ?", (name, fingerprint.key)
+            ).fetchone()
+        return None if row is None else str(row[0])
+
+    def remember(self, name: str, content: str, *, fingerprint: Fingerprint) -> None:
+        """Keeps `content`, something found out about the device, under `name`, in place of what was there."""
+        with self._open() as connection:
+            connection.execute(_FACTS)
+            connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -164,10 +164,14 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "tensor": {},
 }
 """Field number -> kind of message, for the messages of onnx.proto that may hold a node or a tensor."""
+_REPEATED = {("node", 1), ("node", 2)}
+"""Fields of which every value is wanted: what a node reads and writes."""
 
 
 def messages(model: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
     """Every message of `model` that may hold a node or a tensor: its kind, and the last value of each field.
+
+    Of what a node reads and writes, a list of all values.
 
     Raises:
         RefusalError: `model` is not protobuf.
@@ -178,7 +182,10 @@ def messages(model: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
         held: dict[int, Any] = {}
         inside = _MESSAGES[kind]
         for number, value in _fields(content):
-            held[number] = value
+            if (kind, number) in _REPEATED:
+                held.setdefault(number, []).append(value)
+            else:
+                held[number] = value
             if number in inside and isinstance(value, memoryview):
                 waiting.append((inside[number], value))
         yield kind, held
@@ -358,6 +365,7 @@ class Worker:
             "hold": self.hold,
             "predict": self.predict,
             "optimized": self.optimized,
+            "kernels": self.kernels,
             "drop": self.drop,
             "bye": self.bye,
         }
@@ -459,8 +467,28 @@ class Worker:
         for kind, held in messages(model):
             if kind == "node":
                 name, operator, domain = (bytes(held.get(n, b"")).decode() for n in (3, 4, 7))
-                nodes.append({"name": name, "op": f"{domain}.{operator}" if domain else operator})
+                reads, writes = ([bytes(tensor).decode() for tensor in held.get(n, ())] for n in (1, 2))
+                operator = f"{domain}.{operator}" if domain else operator
+                nodes.append({"name": name, "op": operator, "reads": reads, "writes": writes})
         return {"nodes": nodes[::-1]}, b""
+
+    def kernels(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
+        """Runs the model in `blob` once; answers the kernels that ran and the types that they read."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._session(bytes(blob), profiled=Path(folder) / "profile")
+            self._ready(session).run()
+            events = json.loads(Path(session.end_profiling()).read_text())
+        kernels = []
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                said = event["args"]
+                reads, writes = (
+                    [kind for tensor in said[f"{side}_type_shape"] for kind in tensor]
+                    for side in ("input", "output")
+                )
+                kernel = {"name": event["name"].removesuffix("_kernel_time"), "op": said["op_name"]}
+                kernels.append({**kernel, "provider": said["provider"], "reads": reads, "writes": writes})
+        return {"kernels": kernels}, b""
 
     def drop(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Forgets the named `models` and `arrays`; names not known are passed over."""
@@ -479,7 +507,9 @@ class Worker:
             raise RefusalError(f"no model {name!r} is loaded")
         return self.models[name]
 
-    def _session(self, model: bytes, *, optimized: Path | None = None) -> Session:
+    def _session(
+        self, model: bytes, *, optimized: Path | None = None, profiled: Path | None = None
+    ) -> Session:
         import onnxruntime
 
         refuse_external_data(model)
@@ -496,6 +526,8 @@ class Worker:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
+        if profiled is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profiled)
         provider = PROVIDERS[self.runtime]
         session: Session = onnxruntime.InferenceSession(model, options, providers=[provider])
         if session.get_providers()[0] != provider:

@@ -1,0 +1,88 @@
+"""Precisions that the run's device cannot use are dropped from its space before it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nestling.config import ConfigError
+from nestling.models.building import build_shapes
+from nestling.pipeline.listening import Listener
+from nestling.pipeline.precisions import probe, usable
+from nestling.pipeline.probes import WEIGHTED, kind_of
+from nestling.pipeline.workbench import OFFERED, Workbench
+from nestling.profile import MeasurementStore
+from nestling.quant import PRECISIONS
+from nestling.space import SearchSpace
+
+
+def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
+    """Settles once which precisions the run's device can use; from then on its space has no others.
+
+    The device runs a tiny network of each kind of layer in each precision. A value that it cannot use is
+    dropped, and the listener told.
+
+    Raises:
+        ConfigError: a choice of which no precision is left, or an unknown precision.
+        DeviceError: the device cannot be had.
+    """
+    if bench.run.space_file.exists():
+        return  # settled when the run began
+    space = bench.given_space
+    asked = {choice.name: choice.values for choice in space.choices if choice.name.endswith(".precision")}
+    names = list(dict.fromkeys(str(value) for values in asked.values() for value in values))
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown:
+        raise ConfigError(f"unknown precision {unknown[0]!r}; known: {', '.join(PRECISIONS)}")
+    if all(name == "fp32" for name in names):
+        return
+    kinds = layer_kinds(bench, space, list(asked))
+    needed = [kind for kind in WEIGHTED if any(kind in found for found in kinds.values())]
+    store = MeasurementStore(bench.run.folder / "measurements.db")
+    findings = probe(bench.device, names, kinds=needed, store=store)
+    config = bench.config.search
+    timed = "latency_ms" in (*config.objectives, *config.limits)
+    offered: dict[str, list[str]] = {}
+    dropped: dict[str, dict[str, str]] = {}
+    for name, values in asked.items():
+        kept, gone = usable([str(value) for value in values], findings, kinds=kinds[name], research=not timed)
+        if not kept:
+            reasons = "; ".join(f"{value}: {reason}" for value, reason in gone.items())
+            raise ConfigError(
+                f"{bench.device.name} can use no precision of {name} ({reasons}); add 'fp32' to its values"
+            )
+        if gone:
+            offered[name], dropped[name] = list(kept), gone
+    facts: dict[str, Any] = {"device": str(bench.device.fingerprint), "offered": offered, "dropped": dropped}
+    bench.run.write_json(OFFERED, facts)
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, gone in dropped.items():
+        for value, reason in gone.items():
+            by_reason.setdefault((value, reason), []).append(name)
+    for (value, reason), choices in by_reason.items():
+        listener.note(f"dropped {value} from {', '.join(choices)}: {reason}")
+
+
+def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, frozenset[str]]:
+    """Precision choice -> the kinds of layers with weights that it governs in the largest network.
+
+    A choice that governs none by name is held to govern all.
+    """
+    largest = bench.fitted(space).largest
+    kinds = {}
+    for layer, module in build_shapes(bench.family.build, largest).named_modules():
+        if isinstance(module, nn.Linear):
+            kinds[layer] = "Gemm"
+        elif isinstance(module, nn.Conv2d):
+            kinds[layer] = kind_of("Conv", module.groups)
+    found = {}
+    for choice in choices:
+        prefixes = bench.family.layers(choice.removesuffix(".precision"))
+        governed = {
+            kind
+            for layer, kind in kinds.items()
+            if any(not prefix or f"{layer}.".startswith(f"{prefix}.") for prefix in prefixes)
+        }
+        found[choice] = frozenset(governed or WEIGHTED)
+    return found

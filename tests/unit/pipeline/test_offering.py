@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.config import ConfigError, load_config
+from nestling.pipeline import Silent, offering
+from nestling.pipeline.offering import layer_kinds, offer_precisions
+from nestling.pipeline.precisions import Finding
+from nestling.pipeline.workbench import OFFERED, Workbench
+from nestling.run import Run
+from nestling.space import load_space
+
+TESTS = Path(__file__).parents[2]
+
+
+class Notes(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class NoDevice:
+    """A device that is asked for nothing but what it is."""
+
+    name = fingerprint = "a device"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    vars(bench)["device"] = NoDevice()
+    return bench
+
+
+def _refusing(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
+    def probe(*_: Any, **__: Any) -> tuple[Finding, ...]:
+        executed = Finding("w8a8", "Gemm", "executed", "so")
+        return tuple(replace(executed, kind=kind, status="refused") for kind in kinds) + (executed,)
+
+    monkeypatch.setattr(offering, "probe", probe)
+
+
+def test_what_the_device_refuses_is_dropped_from_the_choices_that_it_concerns(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refusing(monkeypatch, "depthwise Conv")
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    [note] = listener.notes
+    assert note == "dropped w8a8 from s1.precision: depthwise Conv is refused (so)"
+    fitted = bench.fitted(bench.given_space)
+    assert fitted.by_name["s1.precision"].values == ("fp32",)
+    assert fitted.by_name["head.precision"].values == ("w8a8", "fp32")
+    assert bench.fitted(fitted) == fitted
+
+
+def test_what_is_executed_stays(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refusing(monkeypatch)
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    assert listener.notes == []
+    assert bench.run.read_json(OFFERED)["dropped"] == {}
+
+
+def test_a_choice_without_a_precision_left_is_named(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refusing(monkeypatch, "Conv", "Gemm")
+    space = load_space(TESTS / "toy_space.toml").only({"stem.precision": ["w8a8"]})
+    vars(bench)["_bare_space"] = space
+    with pytest.raises(ConfigError, match=r"no precision of stem\.precision .*Conv is refused"):
+        offer_precisions(bench, listener=Silent())
+
+
+def test_a_space_in_floats_asks_no_device(bench: Workbench) -> None:
+    space = load_space(TESTS / "toy_space.toml")
+    floats = {choice.name: ["fp32"] for choice in space.choices if choice.name.endswith(".precision")}
+    vars(bench)["_bare_space"] = space.only(floats)
+    offer_precisions(bench, listener=Silent())  # a device without a worker would fail
+    assert bench.run.read_json(OFFERED) is None
+
+
+def test_the_kinds_of_layers_of_each_choice_are_those_of_the_largest_network(bench: Workbench) -> None:
+    kinds = layer_kinds(bench, bench.given_space, ["stem.precision", "s1.precision", "head.precision"])
+    assert kinds["stem.precision"] == {"Conv"}
+    assert kinds["s1.precision"] == {"Conv", "depthwise Conv"}
+    assert "Gemm" in kinds["head.precision"]
