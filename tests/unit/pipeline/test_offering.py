@@ -43,7 +43,7 @@ def bench(tmp_path: Path) -> Workbench:
 def _refusing(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
     def probe(*_: Any, **__: Any) -> tuple[Finding, ...]:
         executed = Finding("w8a8", "Gemm", "executed", "so")
-        return tuple(replace(executed, kind=kind, status="refused") for kind in kinds) + (executed,)
+        return (*(replace(executed, kind=kind, status="refused") for kind in kinds), executed)
 
     monkeypatch.setattr(offering, "probe", probe)
 

@@ -46,7 +46,8 @@ class Other:
         return found
 
     def predict(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.changes.get("factor", np.float32(1)) * self.cpu.predict(path, images)
+        factor: np.float32 = self.changes.get("factor", np.float32(1))
+        return factor * self.cpu.predict(path, images)
 
     def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
         assert path.exists()

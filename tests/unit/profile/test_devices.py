@@ -21,6 +21,7 @@ from nestling.profile import (
     WorkerDevice,
     WorkerLostError,
     connect,
+    file_key,
 )
 from nestling.profile.transport import Answer, LocalProcess
 
@@ -264,6 +265,30 @@ def test_the_optimized_graph_shows_the_precision_that_each_layer_got(
     assert quantized_ops == ["quantized"]
     left = {(op.name, op.op) for op in ops}
     assert left & {("b_nchwc", "com.microsoft.nchwc.Conv"), ("float", "Conv")}
+
+
+def test_the_kernels_tell_what_types_they_read(cpu: WorkerDevice, tmp_path: Path) -> None:
+    kernels = cpu.kernels(quantized(tmp_path / "q.onnx"))
+    convolutions = {kernel.op: kernel for kernel in kernels if kernel.op.endswith("Conv")}
+    assert {"uint8", "int8"} <= set(convolutions["QLinearConv"].reads)
+    assert set(convolutions["Conv"].reads) == {"float"}
+    assert {kernel.provider for kernel in kernels} == {"CPUExecutionProvider"}
+
+
+def test_a_file_can_be_timed_beside_another_one(cpu: WorkerDevice, tiny: Path, tmp_path: Path) -> None:
+    other = quantized(tmp_path / "q.onnx")
+    measurement = cpu.compare(tiny, other, seconds=0.02)
+    assert len(measurement.seconds) == len(measurement.reference_seconds) >= 10
+    assert measurement.fingerprint.reference == file_key(other)[:12] != cpu.fingerprint.reference
+    assert cpu.measure(tiny).fingerprint == cpu.fingerprint
+
+
+def test_the_optimized_graph_tells_what_each_node_reads_and_writes(cpu: WorkerDevice, tiny: Path) -> None:
+    nodes = cpu.optimized_ops(tiny)
+    written = {name for node in nodes for name in node.writes}
+    assert "logits" in written
+    assert "images" in nodes[0].reads
+    assert {name for node in nodes[1:] for name in node.reads} & written
 
 
 def test_corrupted_files_are_refused_and_the_worker_lives_on(
