@@ -78,8 +78,11 @@ def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Rank
     try:
         offer_precisions(bench, listener=listener)
         _refuse_early(bench)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+    except Exception as error:
+        bench.close()  # the device that precisions were tried on
+        if isinstance(error, ValueError | KeyError | TypeError):
+            raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+        raise
     bench.run.write_json("data.json", data_facts(bench))
     listener.note(f"device: {bench.device.fingerprint}")
     return bench
