@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, Operator
 from nestling.quant.ranges import Range
 
 
@@ -44,19 +44,25 @@ def simulate(graph: Graph, ranges: Mapping[str, Range]) -> Simulation:
     Raises:
         ValueError: a range for a tensor or constant that `graph` does not have.
     """
-    rounded = []
     known = set(graph.shapes)
     for operator in graph.operators:
-        names = f"{operator.name}.weight", f"{operator.name}.bias"
-        weight, bias = (
-            ranges[name].nearest(constant) if constant is not None and name in ranges else constant
-            for name, constant in zip(names, (operator.weight, operator.bias), strict=True)
-        )
-        known.update(
-            name for name, constant in zip(names, (weight, bias), strict=True) if constant is not None
-        )
-        rounded.append(replace(operator, weight=weight, bias=bias))
+        known.update(name for name, constant in _constants(operator) if constant is not None)
     unknown = ranges.keys() - known
     if unknown:
         raise ValueError(f"a range for {min(unknown)!r}, which this graph does not have; observe this graph")
-    return Simulation(replace(graph, operators=tuple(rounded)), ranges)
+    operators = tuple(rounded(operator, ranges) for operator in graph.operators)
+    return Simulation(replace(graph, operators=operators), ranges)
+
+
+def rounded(operator: Operator, ranges: Mapping[str, Range]) -> Operator:
+    """`operator` with its constants as their ranges hold them."""
+    weight, bias = (
+        ranges[name].nearest(constant) if constant is not None and name in ranges else constant
+        for name, constant in _constants(operator)
+    )
+    return replace(operator, weight=weight, bias=bias)
+
+
+def _constants(operator: Operator) -> tuple[tuple[str, Tensor | None], tuple[str, Tensor | None]]:
+    """The operator's constants by the names of their ranges."""
+    return (f"{operator.name}.weight", operator.weight), (f"{operator.name}.bias", operator.bias)

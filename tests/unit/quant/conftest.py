@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
+from nestling.quant import QuantPolicy, Range, observe
 
 
 class Residual(nn.Module):
@@ -97,3 +99,47 @@ def compute_file(tmp_path: Path) -> Callable[[onnx.ModelProto, Tensor], Computed
         return logits, Counter(node.op_type for node in nodes)
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def uneven() -> Graph:
+    """Convolutions, a depthwise and a grouped one, and linear layers, their channels of very unlike sizes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 1),
+        nn.LeakyReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+    )
+    for layer in network:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.2)
+            sizes = torch.exp(1.5 * torch.randn(len(layer.weight)))
+            if layer is not network[-1]:
+                layer.weight.data *= sizes.reshape(-1, *(1 for _ in layer.weight.shape[1:]))
+                layer.bias.data *= sizes
+    return trace(network.eval(), resolution=12)
+
+
+@pytest.fixture(scope="session")
+def coarse(uneven: Graph, images: Tensor) -> Mapping[str, Range]:
+    """The ranges of `uneven` with 4 bits for weights."""
+    return in_four_bits(observe(uneven, QuantPolicy((("", "w8a8"),)), [images]))
+
+
+def in_four_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
+    return {
+        name: replace(found, scale=found.scale * 127 / 7) if name.endswith((".weight", ".bias")) else found
+        for name, found in ranges.items()
+    }
