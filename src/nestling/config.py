@@ -187,6 +187,25 @@ class SearchConfig(Part):
     calibration_images: Count = 128
 
 
+class QuantConfig(Part):
+    """How candidates' numbers get their integers, where a precision asks for some."""
+
+    calibration: Literal[
+        "minmax", "moving", "percentile-99.9", "percentile-99.99", "percentile-99.999", "mse", "entropy"
+    ] = "minmax"
+    """How the range of an activation follows from what the calibration images show."""
+    weights: Literal["minmax", "mse"] = "minmax"
+    """Whether a channel's integers span its weights, or have the least squared error."""
+    equalize: bool = False
+    """Whether channels are brought to one size between layers first (arXiv 1906.04721)."""
+    awq: bool = False
+    """Whether what weight-only layers read is scaled by its size first (AWQ, arXiv 2306.00978)."""
+    rounding: Literal["nearest", "moments", "gradients"] = "nearest"
+    """How weights are rounded: `moments` is after GPTQ and takes seconds, `gradients` AdaRound: minutes."""
+    correct_biases: bool = False
+    """Whether the mean error of each layer is taken off its bias last (arXiv 1906.04721)."""
+
+
 class ProfileConfig(Part):
     """Where and how latency is measured."""
 
@@ -218,6 +237,7 @@ class RunConfig(Part):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
+    quant: QuantConfig = QuantConfig()
     profile: ProfileConfig = ProfileConfig()
     export: ExportConfig = ExportConfig()
 

@@ -166,22 +166,24 @@ def print_members(members: Sequence[Mapping[str, Any]]) -> None:
         "size",
         "MACs",
         "resolution",
-        "8-bit stages",
+        "quantized stages",
     ):
-        table.add_column(heading, justify="left" if heading in ("network", "8-bit stages") else "right")
+        table.add_column(heading, justify="left" if heading in ("network", "quantized stages") else "right")
     for member in members:
         low, high = member["test_top1_interval"]
-        eight_bit = [stage for stage, precision in member["precisions"].items() if precision != "fp32"]
-        latency = f"{member['latency_ms']:.3f} ms" + (" (unstable)" if member["unstable"] else "")
+        quantized = [f"{stage} {p}" for stage, p in member["precisions"].items() if p != "fp32"]
+        timed = member["latency_ms"] is not None
+        latency = f"{member['latency_ms']:.3f} ms" if timed else "none: simulated"
+        latency += " (unstable)" if member["unstable"] else ""
         table.add_row(
             member["name"],
             f"{member['test_top1']:.2%} ({low:.1%}-{high:.1%})",
             latency,
-            f"{member['latency_ratio']:.3f}",
+            f"{member['latency_ratio']:.3f}" if timed else "",
             f"{member['size_bytes'] / 1e6:.3f} MB",
             si(member["mmacs"] * 1e6),
             str(member["resolution"]),
-            " ".join(eight_bit) or "none",
+            ", ".join(quantized) or "none",
         )
     _wide().print(table)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from nestling.models.graph import Graph, trace
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import simulated_logits, write_file
 from nestling.profile import Device, DeviceError, Measurement
-from nestling.quant import QuantPolicy, Range
+from nestling.quant import Quantized, QuantPolicy, Recipe, quantize, weight_bits
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -29,6 +29,8 @@ HELD_BYTES = 2**28
 """Images of one resolution that the runtime keeps, so that the next candidate finds them there."""
 FP32_TOLERANCE = 1e-4
 """Largest difference to PyTorch of a float file's logits, as a fraction of their scale."""
+HALF_TOLERANCE = 5e-3
+"""The same, with layers in 16-bit floats."""
 QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL = 0.5, 0.02
 """The same, and the median difference, for a quantized file against its simulation."""
 BYTES_PER_MB = 1_000_000
@@ -39,26 +41,57 @@ INTEGER_OPS = {"com.microsoft.QLinearConv", "QLinearConv", "com.microsoft.QGemm"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An arch as a file that was compared with PyTorch on real images."""
+    """An arch as a file that was compared with PyTorch on real images.
+
+    Attributes:
+        arch: which network.
+        path: the file.
+        network: in floats.
+        graph: of `network`.
+        policy: which layer computes in which precision.
+        quantized: what the file holds.
+        cost: of `network`.
+        resolution: of its images, in pixels.
+        worst_error: the largest difference of a logit between file and PyTorch, as a part of their scale.
+    """
 
     arch: Arch
     path: Path
     network: nn.Module
     graph: Graph
-    ranges: Mapping[str, Range]
+    policy: QuantPolicy
+    quantized: Quantized
     cost: Cost
     resolution: int
     worst_error: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that activations take at once, quantized ones a byte each."""
-        return self.graph.peak_bytes(bytes_per_number=dict.fromkeys(self.ranges, 1))
+        """The most bytes that activations take at once, quantized ones a byte each, halves two."""
+        graph = self.quantized.graph
+        halves = (name for name in graph.shapes if name.endswith((".float16", ".bfloat16")))
+        widths = dict.fromkeys(halves, 2) | dict.fromkeys(self.quantized.ranges, 1)
+        return graph.peak_bytes(bytes_per_number=widths)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any layer computes in 8 bits."""
-        return bool(self.ranges)
+        """Whether any layer is in another precision than 32-bit floats."""
+        return bool(self.quantized.ranges) or self.quantized.graph is not self.graph
+
+    @property
+    def tolerances(self) -> tuple[float, float | None]:
+        """How far a logit may be off, and the median of them, as parts of their scale: see `check_logits`."""
+        used = {self.policy.precision(operator.layer) for operator in self.graph.operators}
+        if any(precision.activation is not None for precision in used):
+            return QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL
+        if any(precision.floats != "float32" for precision in used):
+            return HALF_TOLERANCE, None
+        return FP32_TOLERANCE, None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What weights, biases and scales need at their precisions, also at those that no file holds."""
+        return math.ceil(weight_bits(self.graph, self.policy) / 8)
 
 
 def quant_policy(bench: Workbench, arch: Arch) -> QuantPolicy:
@@ -90,19 +123,25 @@ def write_candidate(
     try:
         image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
         graph = trace(network, resolution=resolution, image=image)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ranges = write_file(
+        policy = quant_policy(bench, arch)
+        quantized = quantize(
             graph,
-            quant_policy(bench, arch),
-            bench.calibration_images(resolution),
-            path,
+            policy,
+            tuple(bench.calibration_images(resolution)),
+            recipe=Recipe(**bench.config.quant.model_dump()),
             reduce_range=bench.device.fingerprint.int8_saturates,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(
+            quantized,
+            path,
             dynamic_batch=bench.config.export.dynamic_batch,
             metadata=file_metadata(bench, arch),
         )
     except ValueError as error:
         raise EvaluationFailed(str(error)) from error
-    candidate = Candidate(arch, path, network, graph, ranges, cost(network, resolution), resolution)
+    counted = cost(network, resolution)
+    candidate = Candidate(arch, path, network, graph, policy, quantized, counted, resolution)
     return replace(candidate, worst_error=verify_candidate(bench, candidate))
 
 
@@ -115,22 +154,19 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
     images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
     quantized = candidate.is_quantized
     with torch.no_grad():
-        expected = (
-            simulated_logits(candidate.graph, candidate.ranges, images)
-            if quantized
-            else candidate.network(images)
-        )
+        expected = simulated_logits(candidate.quantized, images) if quantized else candidate.network(images)
+    tolerance, typical = candidate.tolerances
     try:
         verified = verify(
             candidate.path,
             images,
             expected=expected,
             run=bench.device.predict,
-            tolerance=QUANTIZED_TOLERANCE if quantized else FP32_TOLERANCE,
-            typical=QUANTIZED_TYPICAL if quantized else None,
+            tolerance=tolerance,
+            typical=typical,
         )
         if quantized:
-            check_precisions(bench.device, candidate.path, candidate.graph, candidate.ranges)
+            check_precisions(bench.device, candidate.path, candidate.quantized, candidate.policy)
     except (DeviceError, ExportMismatch) as error:
         candidate.path.unlink(missing_ok=True)
         raise EvaluationFailed(str(error)) from error
@@ -142,11 +178,12 @@ def checked_images(bench: Workbench) -> EvalImages:
     return bench.data.search.take(min(CHECKED_IMAGES, len(bench.data.search)))
 
 
-def check_precisions(device: Device, path: Path, graph: Graph, ranges: Mapping[str, Range]) -> None:
+def check_precisions(device: Device, path: Path, quantized: Quantized, policy: QuantPolicy) -> None:
     """Refuses a file of which the runtime computes other layers on integers than the policy says.
 
     ONNX Runtime may quantize a layer that was left in float, or leave one in float that was quantized; only
-    the graph that it has optimized tells.
+    the graph that it has optimized tells. Layers in precisions for research may be computed either way: of
+    those nothing but the result counts.
 
     Raises:
         ExportMismatch: the layers are listed.
@@ -154,10 +191,16 @@ def check_precisions(device: Device, path: Path, graph: Graph, ranges: Mapping[s
     """
     weighted = {
         operator.name: operator.layer
-        for operator in graph.operators
-        if operator.kind in WEIGHTED and operator.weight is not None
+        for operator in quantized.graph.operators
+        if operator.kind in WEIGHTED
+        and operator.weight is not None
+        and not policy.precision(operator.layer).simulated
     }
-    wanted = {name for name in weighted if f"{name}.weight" in ranges}
+    wanted = {
+        name
+        for name, layer in weighted.items()
+        if f"{name}.weight" in quantized.ranges and policy.precision(layer).activation is not None
+    }
     found = {node.name for node in device.optimized_ops(path) if node.op in INTEGER_OPS} & weighted.keys()
     if found != wanted:
         told = [f"{weighted[name]} is computed in float" for name in sorted(wanted - found)]
@@ -216,10 +259,15 @@ def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[st
 
 
 def candidate_metrics(candidate: Candidate, accuracy: Accuracy) -> dict[str, float]:
-    """The other metrics that a search weighs: exact ones, and accuracy."""
+    """The other metrics that a search weighs: exact ones, and accuracy.
+
+    The size is that of the file; of a network in precisions for research, which no file holds in as few bits,
+    that of its weights.
+    """
+    size = candidate.weight_bytes if candidate.policy.simulated else candidate.path.stat().st_size
     return {
         "top1": accuracy.top1,
-        "size_mb": candidate.path.stat().st_size / BYTES_PER_MB,
+        "size_mb": size / BYTES_PER_MB,
         "mmacs": candidate.cost.macs / 1e6,
         "peak_mb": candidate.peak_bytes / BYTES_PER_MB,
     }

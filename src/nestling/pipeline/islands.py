@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestling.models.graph import Graph, Operator
+from nestling.models.graph import Operator
 from nestling.profile import Device, OptimizedOp
-from nestling.quant import Range
+from nestling.quant import Quantized, Range
 
 _QUANTIZING = {"QuantizeLinear", "DynamicQuantizeLinear"}
 _FLOAT_RESULTS = {"DequantizeLinear", "MatMulIntegerToFloat"}
@@ -35,25 +35,23 @@ class FloatNode:
     why: str
 
 
-def float_islands(
-    device: Device, path: Path, graph: Graph, ranges: Mapping[str, Range]
-) -> tuple[FloatNode, ...]:
+def float_islands(device: Device, path: Path, quantized: Quantized) -> tuple[FloatNode, ...]:
     """The nodes of the file at `path` that compute in floats on what was, and what will be, integers.
 
     Args:
         device: its runtime's optimized graph is read.
-        path: the file of `graph` with `ranges`.
-        graph: tells which layer a node comes from.
-        ranges: tell what the file itself leaves in floats.
+        path: the file of `quantized`.
+        quantized: tells which layer a node comes from, and what the file itself leaves in floats.
 
     Raises:
         DeviceError: the runtime refuses the file.
     """
     nodes = device.optimized_ops(path)
+    ranges = quantized.ranges
     if not ranges:
         return ()
     between = _after_integers(nodes) & _before_integers(nodes)
-    operators = {operator.name: operator for operator in graph.operators}
+    operators = {operator.name: operator for operator in quantized.graph.operators}
     layers: dict[str, str] = {}
     """Tensor -> the layer of the node that reads it, for what the runtime takes apart."""
     told = []

@@ -26,6 +26,7 @@ from nestling.pipeline.candidate import (
 )
 from nestling.pipeline.islands import float_islands
 from nestling.pipeline.workbench import Workbench
+from nestling.quant import Quantized, QuantPolicy
 from nestling.run import RunError, write_atomically
 from nestling.search import SearchResult, spread_along_front
 from nestling.space import Arch
@@ -116,7 +117,10 @@ def hand_over(
         sibling = folder / "model_fp32.onnx"
         model = to_onnx(candidate.graph, dynamic_batch=bench.config.export.dynamic_batch)
         save_onnx(with_metadata(model, file_metadata(bench, arch)), sibling)
-        verify_candidate(bench, replace(candidate, path=sibling, ranges={}))
+        plain = replace(
+            candidate, path=sibling, policy=QuantPolicy(), quantized=Quantized(candidate.graph, {})
+        )
+        verify_candidate(bench, plain)
     export_weights(candidate.network, folder / "weights.safetensors")
     source = bench.family.rebuild(arch) + _LOAD_WEIGHTS.format(resolution=candidate.resolution)
     write_atomically(folder / "rebuild.py", source.encode())
@@ -126,7 +130,8 @@ def hand_over(
     if not split.exists():
         test.save_split(split)
     accuracy = score(bench.device, path, test, resolution=candidate.resolution)
-    measurement = measure(bench.device, path)
+    # of a precision for research the file is wider than what it stands for, and so is its latency another
+    measurement = None if candidate.policy.simulated else measure(bench.device, path)
     card: dict[str, Any] = {
         "name": name,
         "arch_key": arch.key,
@@ -138,20 +143,20 @@ def hand_over(
         "test_top1": accuracy.top1,
         "test_top1_interval": accuracy.interval,
         "search_top1": search_top1,
-        "latency_ms": measurement.latency_ms,
-        "latency_interval_ms": measurement.interval_ms,
-        "latency_ratio": measurement.ratio,
-        "unstable": measurement.unstable,
+        "latency_ms": None if measurement is None else measurement.latency_ms,
+        "latency_interval_ms": None if measurement is None else measurement.interval_ms,
+        "latency_ratio": None if measurement is None else measurement.ratio,
+        "unstable": measurement is not None and measurement.unstable,
+        "simulated": list(candidate.policy.simulated),
         "device": bench.device.name,
         "size_bytes": path.stat().st_size,
+        "weight_bytes": candidate.weight_bytes,
         "mmacs": candidate.cost.macs / 1e6,
         "params": candidate.cost.params,
         "peak_bytes": candidate.peak_bytes,
         "resolution": candidate.resolution,
         "worst_error": candidate.worst_error,
-        "float_islands": [
-            asdict(node) for node in float_islands(bench.device, path, candidate.graph, candidate.ranges)
-        ],
+        "float_islands": [asdict(node) for node in float_islands(bench.device, path, candidate.quantized)],
         "quantized": candidate.is_quantized,
         "preprocessing": bench.data.search.preprocessing(candidate.resolution),
         "precisions": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from nestling.models.graph import Graph
 from nestling.pipeline.probes import PROBES, WEIGHTED, Probe
 from nestling.pipeline.writing import simulated_logits, write_file
 from nestling.profile import Device, DeviceError, Kernel, MeasurementStore
-from nestling.quant import PRECISIONS, Precision, QuantPolicy
+from nestling.quant import PRECISIONS, Precision, Quantized, QuantPolicy, quantize
 
 TABLE_VERSION = 1
 """Of the probes and of what is concluded from them: a later one finds everything out anew."""
@@ -190,7 +190,7 @@ def _find(device: Device, precision: Precision, probe: Probe, *, timed: bool) ->
         path, plain = Path(folder) / f"{precision.name}.onnx", Path(folder) / "fp32.onnx"
         images = probe.images(COMPARED_IMAGES, timed=False)
         try:
-            ranges = _write(device, graph, precision, probe, path, timed=False)
+            quantized = _write(device, graph, precision, probe, path, timed=False)
             _write(device, graph, PRECISIONS["fp32"], probe, plain, timed=False)
             if path.read_bytes() == plain.read_bytes():
                 return None
@@ -198,7 +198,7 @@ def _find(device: Device, precision: Precision, probe: Probe, *, timed: bool) ->
             got = device.predict(path, images.numpy())
         except (DeviceError, ValueError) as error:
             return Finding(precision.name, probe.kind, "refused", _one_line(error, path))
-        expected = simulated_logits(graph, ranges, images).numpy()
+        expected = simulated_logits(quantized, images).numpy()
         error_here = float(np.abs(got - expected).max() / np.abs(expected).max())
         status, why = _judge(kernels, graph, precision, probe)
         found = Finding(precision.name, probe.kind, status, why, error=error_here)
@@ -225,11 +225,13 @@ def _timed(device: Device, found: Finding, precision: Precision, probe: Probe, *
 
 def _write(
     device: Device, graph: Graph, precision: Precision, probe: Probe, path: Path, *, timed: bool
-) -> Mapping[str, Any]:
+) -> Quantized:
     images = probe.images(1 if timed else COMPARED_IMAGES, timed=timed)
     policy = QuantPolicy((("", precision.name),))
     saturates = device.fingerprint.int8_saturates
-    return write_file(graph, policy, [images], path, reduce_range=saturates)
+    quantized = quantize(graph, policy, [images], reduce_range=saturates)
+    write_file(quantized, path)
+    return quantized
 
 
 def _judge(kernels: Sequence[Kernel], graph: Graph, precision: Precision, probe: Probe) -> tuple[Status, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nestling.pipeline.workbench import Workbench
@@ -70,7 +70,7 @@ def _member(card: Mapping[str, Any]) -> Member:
         test_top1_interval=tuple(card["test_top1_interval"]),
         search_top1=card["search_top1"],
         latency_ms=card["latency_ms"],
-        latency_interval_ms=tuple(card["latency_interval_ms"]),
+        latency_interval_ms=_pair(card["latency_interval_ms"]),
         latency_ratio=card["latency_ratio"],
         unstable=card["unstable"],
         size_bytes=card["size_bytes"],
@@ -84,6 +84,13 @@ def _member(card: Mapping[str, Any]) -> Member:
         rebuild_path=f"{folder}/rebuild.py",
         precisions=card["precisions"],
     )
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = values
+    return low, high
 
 
 def _finetuned_cards(bench: Workbench) -> list[Mapping[str, Any]]:

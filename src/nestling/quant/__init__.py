@@ -7,6 +7,7 @@ from nestling.quant.observing import observe
 from nestling.quant.placing import place
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy
 from nestling.quant.qdq import insert_qdq
+from nestling.quant.quantizing import Quantized, Recipe, quantize
 from nestling.quant.ranges import Range
 from nestling.quant.size import weight_bits
 
@@ -15,12 +16,15 @@ __all__ = [
     "Format",
     "Precision",
     "QuantPolicy",
+    "Quantized",
     "Range",
+    "Recipe",
     "Simulation",
     "halve",
     "insert_qdq",
     "observe",
     "place",
+    "quantize",
     "simulate",
     "weight_bits",
 ]

@@ -105,7 +105,7 @@ class Tuned:
     test_before_interval: tuple[float, float]
     test_after: float
     test_after_interval: tuple[float, float]
-    latency_ms: float
+    latency_ms: float | None
     unstable: bool
     onnx_path: str
     before_path: str

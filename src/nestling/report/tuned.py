@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nestling.report.content import ReportContent, Tuned
 from nestling.report.markup import Markup, link, section, tag
-from nestling.report.units import milliseconds, percent, percent_span
+from nestling.report.units import NONE, milliseconds, percent, percent_span
 
 TITLES = ("Network", "Trained", "Search, before", "Search, after", "Test, before", "Test, after", "Latency")
 
@@ -47,5 +47,7 @@ def cells(tuned: Tuned) -> tuple[str, ...]:
         percent(tuned.search_before, decimals=2),
         percent(tuned.search_after, decimals=2),
         *test,
-        milliseconds(tuned.latency_ms) + (" (unstable)" if tuned.unstable else ""),
+        NONE
+        if tuned.latency_ms is None
+        else milliseconds(tuned.latency_ms) + (" (unstable)" if tuned.unstable else ""),
     )

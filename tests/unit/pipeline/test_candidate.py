@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from nestling.export import ExportMismatch
-from nestling.models.graph import Graph, trace
+from nestling.models.graph import trace
 from nestling.pipeline.candidate import check_precisions
 from nestling.pipeline.workbench import even_batch
 from nestling.profile import OptimizedOp
-from nestling.quant import QuantPolicy, Range, observe
+from nestling.quant import Quantized, QuantPolicy, quantize
 
 
 class Optimizing:
@@ -26,31 +26,31 @@ class Optimizing:
 
 
 @pytest.fixture(scope="module")
-def two_layers() -> tuple[Graph, dict[str, Range]]:
+def two_layers() -> tuple[Quantized, QuantPolicy]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 6), nn.Flatten()).eval()
-    graph = trace(network, resolution=8)
-    return graph, dict(observe(graph, QuantPolicy((("0", "w8a8"),)), [torch.rand(2, 3, 8, 8)]))
+    policy = QuantPolicy((("0", "w8a8"),))
+    return quantize(trace(network, resolution=8), policy, [torch.rand(2, 3, 8, 8)]), policy
 
 
-def _check(two_layers: tuple[Graph, dict[str, Range]], first: str, second: str) -> None:
-    graph, ranges = two_layers
-    names = [operator.name for operator in graph.operators if operator.kind == "Conv"]
+def _check(two_layers: tuple[Quantized, QuantPolicy], first: str, second: str) -> None:
+    quantized, policy = two_layers
+    names = [operator.name for operator in quantized.graph.operators if operator.kind == "Conv"]
     device: Any = Optimizing([(names[0], first), (names[1], second), ("x", "QuantizeLinear")])
-    check_precisions(device, Path("model.onnx"), graph, ranges)
+    check_precisions(device, Path("model.onnx"), quantized, policy)
 
 
-def test_a_file_that_keeps_to_its_policy_passes(two_layers: tuple[Graph, dict[str, Range]]) -> None:
+def test_a_file_that_keeps_to_its_policy_passes(two_layers: tuple[Quantized, QuantPolicy]) -> None:
     _check(two_layers, "com.microsoft.QLinearConv", "Conv")
 
 
-def test_a_layer_quantized_against_the_policy_is_named(two_layers: tuple[Graph, dict[str, Range]]) -> None:
+def test_a_layer_quantized_against_the_policy_is_named(two_layers: tuple[Quantized, QuantPolicy]) -> None:
     with pytest.raises(ExportMismatch, match="2 is computed on integers"):
         _check(two_layers, "com.microsoft.QLinearConv", "com.microsoft.QLinearConv")
 
 
 def test_a_layer_left_in_float_against_the_policy_is_named(
-    two_layers: tuple[Graph, dict[str, Range]],
+    two_layers: tuple[Quantized, QuantPolicy],
 ) -> None:
     with pytest.raises(ExportMismatch, match="0 is computed in float"):
         _check(two_layers, "com.microsoft.nchwc.Conv", "Conv")

@@ -11,7 +11,7 @@ from nestling.models.graph import trace
 from nestling.pipeline.islands import FloatNode, float_islands
 from nestling.pipeline.writing import write_file
 from nestling.profile import Device, connect
-from nestling.quant import QuantPolicy
+from nestling.quant import QuantPolicy, quantize
 
 Islands = Callable[..., tuple[FloatNode, ...]]
 
@@ -38,8 +38,9 @@ def islands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Islands]:
 def _islands(device: Device, act: nn.Module, path: Path, *rules: tuple[str, str]) -> tuple[FloatNode, ...]:
     torch.manual_seed(0)
     graph = trace(Between(act).eval(), resolution=8)
-    ranges = write_file(graph, QuantPolicy(rules), [torch.randn(2, 3, 8, 8)], path, reduce_range=False)
-    return float_islands(device, path, graph, ranges)
+    quantized = quantize(graph, QuantPolicy(rules), [torch.randn(2, 3, 8, 8)])
+    write_file(quantized, path)
+    return float_islands(device, path, quantized)
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.Sigmoid()])

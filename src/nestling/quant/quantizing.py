@@ -1,0 +1,115 @@
+"""From a float graph and a policy to what is simulated and written: one recipe, in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from nestling.models.graph import Graph
+from nestling.models.operators import Operator
+from nestling.quant.adaround import round_by_gradients
+from nestling.quant.awq import awq
+from nestling.quant.calibration import Method, WeightMethod
+from nestling.quant.constants import grouped_range
+from nestling.quant.correction import correct_biases
+from nestling.quant.equalization import equalize
+from nestling.quant.mixed import halve
+from nestling.quant.observing import observe
+from nestling.quant.placing import place
+from nestling.quant.policy import QuantPolicy
+from nestling.quant.ranges import Range
+from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.rounding import round_by_moments
+
+RoundingMethod = Literal["nearest", "moments", "gradients"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How numbers get their integers where a policy asks for some.
+
+    Attributes:
+        calibration: how the range of an activation follows from what was seen.
+        weights: whether a channel's integers span its weights, or have the least squared error.
+        equalize: bring channels to one size between layers first (arXiv 1906.04721).
+        awq: scale what weight-only layers read by its size first (AWQ, arXiv 2306.00978).
+        rounding: weights go to the `nearest` integer, or to those that keep a layer's output: by second
+            `moments` (GPTQ, arXiv 2210.17323) or by `gradients` (AdaRound, arXiv 2004.10568).
+        correct_biases: take the mean error off each layer's bias last (arXiv 1906.04721).
+    """
+
+    calibration: Method = "minmax"
+    weights: WeightMethod = "minmax"
+    equalize: bool = False
+    awq: bool = False
+    rounding: RoundingMethod = "nearest"
+    correct_biases: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """What a file holds.
+
+    Attributes:
+        graph: with casts at the borders of 16-bit regions, and weights as they are to be rounded.
+        ranges: of its tensors and constants; none where nothing is in integers.
+    """
+
+    graph: Graph
+    ranges: Mapping[str, Range]
+
+
+def quantize(
+    graph: Graph,
+    policy: QuantPolicy,
+    images: Sequence[Tensor],
+    *,
+    recipe: Recipe | None = None,
+    reduce_range: bool = False,
+) -> Quantized:
+    """`graph` in the precisions of `policy`.
+
+    Args:
+        graph: the float network.
+        policy: which layers.
+        images: batches (N, 3, R, R) on the device of the graph's weights; read once by the plain recipe,
+            several times by others.
+        recipe: how; the plain one where it is None.
+        reduce_range: see `nestling.quant.observing.ranges`.
+
+    Raises:
+        ValueError: no images, or activations that are not finite.
+    """
+    how = recipe or Recipe()
+    precisions = {policy.precision(operator.layer) for operator in graph.operators}
+    if how.equalize and any(precision.activation is not None for precision in precisions):
+        graph = equalize(graph)
+    if how.awq and any(p.integers is not None and p.activation is None for p in precisions):
+        graph = awq(graph, images, rounding=lambda operator: _stored(operator, policy))
+    exact = halve(graph, policy)
+    graph = place(exact, policy)
+    found = observe(
+        graph, policy, images, method=how.calibration, weights=how.weights, reduce_range=reduce_range
+    )
+    if not found:
+        return Quantized(graph, found)
+    if how.rounding == "moments":
+        graph = round_by_moments(graph, found, images)
+    elif how.rounding == "gradients":
+        graph = round_by_gradients(graph, found, images)
+    if how.correct_biases:
+        graph, found = correct_biases(graph, found, images, exact=exact)
+    return Quantized(graph, found)
+
+
+def _stored(operator: Operator, policy: QuantPolicy) -> Tensor | None:
+    """The weight of a weight-only layer as it is stored; None of other operators."""
+    precision = policy.precision(operator.layer)
+    format = precision.integers
+    if format is None or precision.activation is not None or operator.kind not in WEIGHT_AXES:
+        return None
+    weight = operator.constant()
+    return grouped_range(weight, format, axis=WEIGHT_AXES[operator.kind]).nearest(weight)
