@@ -33,12 +33,14 @@ class Taught:
     Attributes:
         archs: the subnets visited, in order; of a contest, the winner.
         losses: each one's loss, before its weight.
+        on_labels: each one's loss on the labels, whether it learns from them or not.
         gaps: how much greater the labels' loss was than the largest's, by the name under which it is
             remembered; the mean where several visits have one name.
     """
 
     archs: tuple[Arch, ...]
     losses: tuple[float, ...]
+    on_labels: tuple[float, ...]
     gaps: Mapping[str, float]
 
 
@@ -78,19 +80,19 @@ def teach(
             given, or is to be remembered before the largest network was visited.
     """
     lesson = _Lesson(supernet, batch, smoothing, precision, teachers, at_most, mean)
-    lesson.compares = any(visit.remembered for visit in visits)
     for visit in visits:
         lesson.visit(visit)
     if not lesson.losses:
         raise LessonError("no subnet is visited")
     # one transfer from the device for all of a step
-    found = torch.stack([*lesson.losses, *(gap for _, gap in lesson.gaps)])
+    found = torch.stack([*lesson.losses, *lesson.on_labels, *(gap for _, gap in lesson.gaps)])
     values: list[float] = (finish or mean)(found).tolist()
+    count = len(lesson.losses)
     gaps: dict[str, list[float]] = {}
-    for (name, _), value in zip(lesson.gaps, values[len(lesson.losses) :], strict=True):
+    for (name, _), value in zip(lesson.gaps, values[2 * count :], strict=True):
         gaps.setdefault(name, []).append(value)
     means = {name: sum(each) / len(each) for name, each in gaps.items()}
-    return Taught(tuple(lesson.archs), tuple(values[: len(lesson.losses)]), means)
+    return Taught(tuple(lesson.archs), tuple(values[:count]), tuple(values[count : 2 * count]), means)
 
 
 def remember(memory: Mapping[str, float], gaps: Mapping[str, float]) -> dict[str, float]:
@@ -119,12 +121,12 @@ class _Lesson:
         self.teachers = teachers
         self.at_most = at_most
         self.mean = mean
-        self.compares = False
         self.from_teachers: Tensor | None = None
         self.soft_labels: dict[Arch, Tensor] = {}
         self.largest_loss: Tensor | None = None
         self.archs: list[Arch] = []
         self.losses: list[Tensor] = []
+        self.on_labels: list[Tensor] = []
         self.gaps: list[tuple[str, Tensor]] = []
 
     def visit(self, visit: Visit) -> None:
@@ -132,8 +134,8 @@ class _Lesson:
         learns = visit.weight != 0
         with torch.set_grad_enabled(learns), self.precision.autocast():
             logits = self._logits(arch)
-            judged = bool(visit.remembered) or (self.compares and arch == self.supernet.space.largest)
-            labels = self._label_loss(logits) if visit.labels_weight or judged else None
+            # one that does not learn from the labels is judged by them all the same
+            labels = self._label_loss(logits if visit.labels_weight else logits.detach())
             loss = self._loss(visit, logits, labels)
         # a random subnet may be the teacher itself: its first visit is the one to learn from
         self.soft_labels.setdefault(arch, logits.detach())
@@ -141,8 +143,8 @@ class _Lesson:
             self.precision.backward(loss * visit.weight)
         self.archs.append(arch)
         self.losses.append(loss.detach())
-        if labels is not None:
-            self._note(visit, arch, labels.detach())
+        self.on_labels.append(labels.detach())
+        self._note(visit, arch, labels.detach())
 
     def _winner(self, visit: Visit) -> Arch:
         archs = (visit.arch, *visit.rivals)
@@ -158,7 +160,7 @@ class _Lesson:
     def _label_loss(self, logits: Tensor) -> Tensor:
         return label_loss(logits, self.batch.labels, smoothing=self.smoothing)
 
-    def _loss(self, visit: Visit, logits: Tensor, labels: Tensor | None) -> Tensor:
+    def _loss(self, visit: Visit, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum of what the visit learns from: soft labels of a subnet, of teachers, labels."""
         terms: list[Tensor] = []
         if visit.learns_from is not None:
@@ -169,7 +171,7 @@ class _Lesson:
             terms.append(_SOFT_LOSSES[visit.divergence](logits, self.soft_labels[visit.learns_from]))
         if visit.teacher:
             terms.append(visit.teacher * soft_target_loss(logits, self._from_teachers(visit)))
-        if visit.labels_weight and labels is not None:
+        if visit.labels_weight:
             terms.append(labels if visit.labels_weight == 1 else visit.labels_weight * labels)
         if not terms:
             raise LessonError(f"{visit.arch.key} learns from nothing: the weight of its labels is 0")

@@ -41,9 +41,7 @@ from nestling.train.optimization import Precision, make_optimizer
 from nestling.train.records import TrainingRecord, append_record, read_records, write_records
 from nestling.train.strategies import Progress, Strategy
 from nestling.train.teachers import Frozen, refrozen
-
-DIVERGED = 3.0
-RECENT_STEPS = 50
+from nestling.train.watching import RECENT_STEPS, Watch
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - it names what happened
@@ -133,8 +131,8 @@ def train(
     if ranks.first:
         write_records(folder, records)
 
-    recent: deque[float] = deque(maxlen=RECENT_STEPS)
-    first_loss: float | None = begun.state["first_loss"] if begun else None
+    recent = deque(begun.state.get("recent", []) if begun else [], maxlen=RECENT_STEPS)
+    watch = Watch(begun.state.get("watch") if begun else None)
     gaps: dict[str, float] = dict(begun.state.get("gaps", {})) if begun else {}
     first = begun.step if begun else 0
     if account is not None:
@@ -147,7 +145,8 @@ def train(
         tensors |= optimizer_tensors(optimizer, parameters)
         if isinstance(teachers, Frozen):
             tensors |= teachers.tensors()
-        state: dict[str, Any] = {"scaler": precision.state(), "first_loss": first_loss, "gaps": gaps}
+        state: dict[str, Any] = {"scaler": precision.state(), "gaps": gaps}
+        state |= {"recent": list(recent), "watch": watch.state()}
         if averaged is not None:
             tensors |= averaged.tensors()
             state["updates"] = averaged.updates
@@ -207,7 +206,7 @@ def train(
                 )
         except LessonError as error:
             raise LessonError(f"{error}, as {strategy} says at step {step}") from None
-        losses, loss = taught.losses, taught.losses[0]
+        losses = taught.losses
         gaps = remember(gaps, taught.gaps)
         if account is not None:
             account.step(progress, visits, taught.archs, batch=batch)
@@ -215,15 +214,17 @@ def train(
         if averaged is not None:
             averaged.update()
 
-        recent.append(loss)
-        first_loss = loss if first_loss is None else first_loss
-        mean = sum(recent) / len(recent)
+        recent.append(losses[0])
+        watch.note(visits, taught.on_labels)
         done = step + 1
-        runs_away = len(recent) == RECENT_STEPS and mean > DIVERGED * first_loss
-        if runs_away or not all(map(math.isfinite, losses)):
-            worst = mean if runs_away else next(x for x in losses if not math.isfinite(x))
+        spoilt = [loss for loss in losses if not math.isfinite(loss)]
+        if spoilt:
+            raise stopped(f"the loss is {spoilt[0]:.3g} (learning rate {lr:.3g})", done)
+        if watch.runs_away:
             raise stopped(
-                f"the loss is {worst:.3g} (it began at {first_loss:.3g}; learning rate {lr:.3g})", done
+                f"the loss on the labels is {watch.mean:.3g}, the mean of {RECENT_STEPS} steps (of what is "
+                f"visited now it began at {watch.first:.3g}; learning rate {lr:.3g})",
+                done,
             )
 
         now = clock()
@@ -232,7 +233,7 @@ def train(
         record = TrainingRecord(
             step=done,
             epoch=done / per_epoch,
-            loss=mean,
+            loss=sum(recent) / len(recent),
             lr=lr,
             images_per_second=steps_of_epoch * batch_size / max(now - epoch_began, 1e-9),
             seconds=now - epoch_began,

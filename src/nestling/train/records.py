@@ -11,7 +11,10 @@ from nestling.run import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
-    """What is noted of a moment of training. Accuracies are estimates with the batch's own statistics."""
+    """What is noted of a moment of training. Accuracies are estimates with the batch's own statistics.
+
+    `loss` is that of each step's first visit, before its weight: the mean of the latest 50 steps.
+    """
 
     step: int
     epoch: float

@@ -142,7 +142,7 @@ def test_of_rivals_the_one_that_does_best_or_worst_on_the_batch_learns_alone(
 def test_who_wins_and_what_is_told_are_decided_by_the_mean_over_processes(supernet: Supernet) -> None:
     space = supernet.space
     rivals = [arch(space, 5), arch(space, 3), arch(space, 8)]
-    last = torch.tensor([9.0, 9.0, -9.0])
+    last = torch.tensor([9.0, 9.0, -9.0, 9.0, -9.0])
 
     def mean(losses: Tensor) -> Tensor:
         return (losses + last[: len(losses)]) / 2  # another process finds these
@@ -181,6 +181,19 @@ def test_a_gap_is_how_much_greater_the_labels_loss_is_than_that_of_the_largest(s
     found = taught(supernet, [Visit(space.largest), *visits])
     expected = {"near": losses[0] - largest, "far": (losses[1] + losses[2]) / 2 - largest}
     assert found.gaps == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_visit_is_judged_by_its_loss_on_the_labels_whatever_it_learns_from(supernet: Supernet) -> None:
+    space = supernet.space
+    archs = [space.largest, arch(space, 3), arch(space, 5)]
+    visits = [
+        Visit(space.largest),
+        Visit(archs[1], learns_from=space.largest, divergence="alpha"),
+        Visit(archs[2], teacher=8.0, labels=0.5),
+    ]
+    found = taught(supernet, visits, teachers=uniform)
+    assert found.on_labels == pytest.approx(label_losses(supernet, archs))
+    assert found.losses[2] > 8 * found.on_labels[2] / 2
 
 
 def test_what_is_remembered_changes_no_gradient(supernet: Supernet) -> None:

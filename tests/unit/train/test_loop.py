@@ -21,12 +21,20 @@ from nestling.models.compiling import Call, call_lent
 from nestling.models.sorting import Shapes, sort_channels
 from nestling.models.supernet import Supernet
 from nestling.space import Arch, SearchSpace
-from nestling.train import lessons, loop
+from nestling.train import lessons, loop, watching
 from nestling.train.checkpoint import load_checkpoint
 from nestling.train.loop import TrainingStopped, restore, train
 from nestling.train.records import TrainingRecord, read_records
 from nestling.train.schedules import Cosine, Schedule
-from nestling.train.strategies import DelayedShrinking, Progress, Sandwich, Strategy, Visit
+from nestling.train.strategies import (
+    DelayedShrinking,
+    Phase,
+    Progress,
+    ProgressiveShrinking,
+    Sandwich,
+    Strategy,
+    Visit,
+)
 
 CLASSES = 3
 
@@ -170,6 +178,8 @@ def test_a_run_that_is_interrupted_and_continued_ends_with_the_same_weights(
     assert same(weights(supernet), weights(whole))
     assert [record.step for record in records] == [4, 8, 12]
     assert read_records(tmp_path / "parts") == records
+    losses = [record.loss for record in read_records(tmp_path / "whole")]
+    assert [record.loss for record in records] == losses
 
 
 def test_dropout_and_drop_path_make_a_difference_in_that_comparison(
@@ -334,14 +344,46 @@ def test_weights_that_are_not_numbers_are_never_saved(space: SearchSpace, tmp_pa
 def test_a_loss_that_runs_away_stops_training(
     space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "RECENT_STEPS", 2)
+    monkeypatch.setattr(watching, "RECENT_STEPS", 2)
     factors = iter([1.0, 1.0, 1.0, 1.0, 8.0, 1.0])
 
     def growing(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing) * next(factors)
 
     monkeypatch.setattr(lessons, "label_loss", growing)
-    assert_stopped(space, tmp_path, message=r"the loss is \d.*it began at 1", kept=4)
+    assert_stopped(space, tmp_path, message=r"the loss on the labels is \d.*it began at 1", kept=4)
+
+
+def test_a_run_that_is_restarted_after_every_step_runs_away_all_the_same(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "RECENT_STEPS", 3)
+    config = SAVING.model_copy(update={"epochs": 10.0, "lr": 100.0, "warmup_epochs": 0.0})
+    told = []
+    for name, every in (("whole", 100), ("parts", 1)):
+        for start in range(0, 100, every):
+            try:
+                run(
+                    new_supernet(space, config), tmp_path / name, config=config, strategy=Sandwich(1),
+                    on_record=stop_at(start + every + 1),
+                )  # fmt: skip
+            except StopError:
+                continue
+            except TrainingStopped as error:
+                told.append(str(error).replace(str(tmp_path / name), ""))
+                break
+    assert len(told) == 2
+    assert told[0] == told[1]
+
+
+def test_soft_labels_of_great_weight_do_not_look_like_training_that_runs_away(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "RECENT_STEPS", 2)
+    phases = (Phase("full", 1, 0, 1.0, 1), Phase("depth", 1, 0, 1.0, 1, {"depth": 2}))
+    strategy = ProgressiveShrinking(phases, distilled=8.0, sort_channels=False)
+    records = run(new_supernet(space, QUICK), tmp_path, strategy=strategy)
+    assert records[-1].loss > 2 * records[0].loss  # of which the labels are a ninth
 
 
 def test_accuracies_of_both_ends_are_noted_at_the_end_of_each_epoch(
