@@ -381,6 +381,21 @@ def test_a_network_whose_channels_cannot_be_sorted_is_refused_with_what_would_do
         )
 
 
+def test_norms_that_begin_at_zero_are_refused_beside_pretrained_weights(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    content = SPACES["timm"]
+    space = load_space(_written(tmp_path / "bare.toml", content)).with_constants({"classes": 10})
+    save_file(family_of("timm").build(space.largest).state_dict(), tmp_path / "weights.safetensors")
+    weights = f'pretrained = "{tmp_path / "weights.safetensors"}"\n'
+    changed = _with_space(config, tmp_path / "space.toml", content.replace("model =", f"{weights}model ="))
+    train = changed.train.model_copy(update={"zero_last_norms": True})
+    with pytest.raises(ConfigError, match=r"zero_last_norms is true, but .* pretrained weights .*set it to"):
+        pipeline.prepare(
+            changed.model_copy(update={"train": train}), tmp_path / "run", listener=pipeline.Silent()
+        )
+
+
 def _written(path: Path, content: str) -> Path:
     path.write_text(content)
     return path

@@ -10,6 +10,7 @@ from torch import nn
 
 from nestling.config import TrainConfig
 from nestling.models.supernet import Supernet
+from nestling.pipeline.asked import float_space
 from nestling.pipeline.counting import counted
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.workbench import Workbench
@@ -28,7 +29,9 @@ def train_alone(
     It learns from the labels, and from the teachers outside the supernet where the supernet has learnt from
     them: what sharing weights is worth is the difference to a network that was told the same. Continues from
     the checkpoints in `folder`. Where the supernet began from pretrained weights, the network begins from its
-    part of them.
+    part of them. The warm-up is the same part of `epochs` as it is of the supernet's. As within the supernet,
+    the space's largest network alone has dropout and stochastic depth; a sandwich's learning rate with a
+    constant tail has it here too.
 
     Raises:
         TrainingStopped: the loss runs away.
@@ -39,7 +42,12 @@ def train_alone(
         arch,
         begins=new_weights(bench, arch),
         strategy=alone_with(config),
-        config=config.model_copy(update={"epochs": epochs}),
+        config=recipe_alone(
+            config,
+            epochs=epochs,
+            given=bool(bench.space.largest.get("pretrained", False)),
+            largest=arch == float_space(bench.space).largest,
+        ),
         teachers=bench.teachers,
         folder=folder,
         listener=listener,
@@ -52,10 +60,30 @@ def alone_with(config: TrainConfig) -> Alone:
     Their weights are those with which the supernet's subnets learn from them: of progressive shrinking the
     labels' is 1.
     """
+    tail = config.strategy == "sandwich" and config.constant_tail
     if not config.teachers:
-        return Alone()
+        return Alone(constant_tail=tail)
     labels = config.teacher_labels if config.strategy == "alone" else 1.0
-    return Alone(teacher=config.teacher_weight, labels=labels)
+    return Alone(teacher=config.teacher_weight, labels=labels, constant_tail=tail)
+
+
+def recipe_alone(train: TrainConfig, *, epochs: float, given: bool, largest: bool) -> TrainConfig:
+    """The supernet's recipe `train`, for one network for so many epochs.
+
+    Args:
+        train: the supernet's.
+        epochs: in place of the supernet's; warm-up takes the same part of them.
+        given: whether the network has weights already, which are then left as they are.
+        largest: whether it is the space's largest, which alone is regularised.
+    """
+    changed: dict[str, object] = {
+        "epochs": epochs,
+        "warmup_epochs": train.warmup_epochs * epochs / train.epochs,
+        "zero_last_norms": train.zero_last_norms and not given,
+    }
+    if not largest:
+        changed |= {"dropout": 0.0, "drop_path": 0.0}
+    return train.model_copy(update=changed)
 
 
 def new_weights(bench: Workbench, arch: Arch) -> nn.Module | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from nestling.config import ConfigError, TrainConfig
 from nestling.export import file_key, load_onnx, save_onnx, with_metadata
-from nestling.pipeline.alone import new_weights, train_network
+from nestling.pipeline.alone import new_weights, recipe_alone, train_network
 from nestling.pipeline.candidate import score, verify_candidate, write_candidate
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import hand_over
@@ -192,13 +192,17 @@ def _finetune(
 
 def _recipe(bench: Workbench, arch: Arch, asked: Tuning) -> TrainConfig:
     """The run's recipe with what is asked; for a network that goes on, without what is for a beginning."""
-    own = bench.config.train
-    changed: dict[str, Any] = {"epochs": asked.epochs, "lr": asked.lr}
+    pretrained = bool(bench.space.largest.get("pretrained", False))
+    recipe = recipe_alone(
+        bench.config.train,
+        epochs=asked.epochs,
+        given=pretrained or not asked.from_scratch,
+        largest=_is_largest(bench, arch),
+    )
+    changed: dict[str, Any] = {"lr": asked.lr}
     if not asked.from_scratch:
-        changed |= {"warmup_epochs": 0.0, "zero_last_norms": False, "curriculum": "none"}
-        if not _is_largest(bench, arch):
-            changed |= {"dropout": 0.0, "drop_path": 0.0}  # in the supernet too, the largest alone had them
-    return own.model_copy(update=changed)
+        changed |= {"warmup_epochs": 0.0, "curriculum": "none"}
+    return recipe.model_copy(update=changed)
 
 
 def _teachers(bench: Workbench, asked: Tuning) -> SoftLabels | None:

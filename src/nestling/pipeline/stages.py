@@ -103,6 +103,11 @@ def _refuse_early(bench: Workbench) -> None:
     check_sampler(config.search.sampler, found, population=config.search.population)
     supernet = bench.new_supernet()
     _refuse_unsortable(supernet, config.train)
+    if config.train.zero_last_norms and space.largest.get("pretrained", False):
+        raise ConfigError(
+            f"train.zero_last_norms is true, but the space begins with pretrained weights (pretrained is "
+            f"{space.largest['pretrained']!r}), of which it would overwrite some; set it to false"
+        )
     if config.train.zero_last_norms and not zero_last_norms(supernet.largest):
         raise ConfigError(
             "train.zero_last_norms is true, but no residual branch of the largest network ends with a batch "

@@ -61,6 +61,15 @@ class ExponentialTail:
         return self.lr * max(self.floor, math.pow(self.factor, stairs))
 
 
+STAIRS = 450 / 2.4
+"""How often BigNAS's learning rate falls: every 2.4 of 450 epochs."""
+
+
+def with_tail(lr: float, warmup_steps: int, steps: int) -> ExponentialTail:
+    """BigNAS's learning rate, brought to a run of `steps`: it falls as often, and so as far."""
+    return ExponentialTail(lr, warmup_steps, stair_steps=steps / STAIRS)
+
+
 @dataclass(frozen=True, slots=True)
 class Phases:
     """A learning rate that begins anew with each phase of a run (Cai et al. 2020, arXiv 1908.09791).

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nestling.config import ConfigError, load_config
-from nestling.pipeline.alone import train_alone
+from nestling.config import ConfigError, TrainConfig, load_config
+from nestling.pipeline.alone import recipe_alone, train_alone
 from nestling.pipeline.asked import float_space, paired_indices
 from nestling.pipeline.evaluation import evaluate_supernet
 from nestling.pipeline.listening import Silent
@@ -25,7 +25,7 @@ from nestling.train.evaluate import recalibrate, top1
 from nestling.train.loop import train
 from nestling.train.quality import hits_to_text
 from nestling.train.records import TrainingRecord
-from nestling.train.strategies import Alone, Progress
+from nestling.train.strategies import Alone, Progress, Sandwich
 
 TOY = Path(__file__).parents[2] / "toy.toml"
 
@@ -77,6 +77,16 @@ class Stopping(Silent):
         self.heard.append(record.step)
         if len(self.heard) == self.steps:
             raise KeyboardInterrupt
+
+
+class Rates(Silent):
+    """Notes the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.heard: list[float] = []
+
+    def training(self, record: TrainingRecord, progress: Progress) -> None:  # noqa: ARG002
+        self.heard.append(record.lr)
 
 
 def test_subnets_are_scored_as_materialized_and_recalibrated_networks_on_search_images(
@@ -325,3 +335,36 @@ def test_paired_indices_are_different_and_hold_both_ends_and_neighbours(count: i
 def test_pairs_are_spread_evenly() -> None:
     assert paired_indices(20, 6) == [0, 1, 9, 10, 18, 19]
     assert paired_indices(20, 5) == [0, 1, 9, 10, 19]
+
+
+def test_a_network_trained_alone_has_the_supernets_recipe_for_its_own_epochs() -> None:
+    train = TrainConfig(epochs=200, warmup_epochs=5, dropout=0.2, drop_path=0.1, zero_last_norms=True)
+    largest = recipe_alone(train, epochs=40, given=False, largest=True)
+    assert largest == train.model_copy(update={"epochs": 40, "warmup_epochs": 1.0})
+    small = recipe_alone(train, epochs=200, given=False, largest=False)
+    assert small == train.model_copy(update={"dropout": 0.0, "drop_path": 0.0})
+
+
+def test_weights_that_are_given_to_a_network_trained_alone_are_left_as_they_are() -> None:
+    train = TrainConfig(zero_last_norms=True)
+    assert not recipe_alone(train, epochs=30, given=True, largest=True).zero_last_norms
+    assert recipe_alone(train, epochs=30, given=False, largest=True).zero_last_norms
+
+
+def test_a_network_trained_alone_has_the_constant_tail_that_its_sandwich_has(
+    fresh: Workbench, tmp_path: Path
+) -> None:
+    rates = []
+    for tail in (True, False):
+        changed = {"strategy": "sandwich", "constant_tail": tail, "warmup_epochs": 0.0}
+        train = fresh.config.train.model_copy(update=changed)
+        fresh.config = fresh.config.model_copy(update={"train": train})
+        heard = Rates()
+        train_alone(fresh, fresh.space.smallest, epochs=1.0, folder=tmp_path / str(tail), listener=heard)
+        rates.append(heard.heard)
+    schedules = [Sandwich(), Sandwich(constant_tail=False)]
+    assert rates == [
+        [s.schedule(lr=0.1, warmup_steps=0, steps=3, steps_per_epoch=3).at(step) for step in range(3)]
+        for s in schedules
+    ]
+    assert rates[0] != rates[1]

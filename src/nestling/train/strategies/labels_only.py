@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nestling.space import Arch, SearchSpace
+from nestling.train.schedules import Cosine, Schedule, with_tail
 from nestling.train.strategies.visits import Progress, Strategy, Visit
 
 
@@ -16,21 +17,31 @@ class Alone(Strategy):
     With `teacher` above 0 it learns from the averaged soft labels of teachers outside the supernet, without
     labels unless `labels` gives them a weight (MEAL V2, Shen & Savvides 2020, arXiv 2009.08453, uses none).
 
+    As within a supernet, the space's largest network alone has dropout and stochastic depth: what a smaller
+    one reaches by itself compares with what it reaches there.
+
     Attributes:
         arch: the network; None: the largest.
         teacher: the weight of the teachers' soft labels.
         labels: the weight of the labels beside them.
+        constant_tail: whether the learning rate is BigNAS's, as that of a `Sandwich` can be, or one cosine.
     """
 
     arch: Arch | None = None
     teacher: float = 0.0
     labels: float | None = None
+    constant_tail: bool = False
 
     def visits(self, space: SearchSpace, progress: Progress, rng: random.Random) -> list[Visit]:
         """The one network."""
         del progress, rng  # every step is alike
         arch = space.largest if self.arch is None else self.arch
         return [Visit(arch, teacher=self.teacher, labels=self.labels)]
+
+    def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
+        """An exponential fall with a constant tail, or one cosine."""
+        del steps_per_epoch
+        return with_tail(lr, warmup_steps, steps) if self.constant_tail else Cosine(lr, warmup_steps, steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,8 @@ import random
 from dataclasses import dataclass
 
 from nestling.space import SearchSpace
-from nestling.train.schedules import Cosine, ExponentialTail, Schedule
+from nestling.train.schedules import Cosine, Schedule, with_tail
 from nestling.train.strategies.visits import Divergence, Progress, Strategy, Visit
-
-STAIRS = 450 / 2.4
-"""How often BigNAS's learning rate falls: every 2.4 of 450 epochs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +35,7 @@ class Sandwich(Strategy):
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         """An exponential fall with a constant tail, or one cosine."""
         del steps_per_epoch
-        if self.constant_tail:
-            return ExponentialTail(lr, warmup_steps, stair_steps=steps / STAIRS)
-        return Cosine(lr, warmup_steps, steps)
+        return with_tail(lr, warmup_steps, steps) if self.constant_tail else Cosine(lr, warmup_steps, steps)
 
 
 @dataclass(frozen=True, slots=True)
