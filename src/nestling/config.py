@@ -54,8 +54,9 @@ class DataConfig(Part):
 class TrainConfig(Part):
     """How the supernet is trained.
 
-    Another strategy's numbers may stand beside its own, so that one file serves several; a key that says
-    which subnets learn, or from whom, must be one that the strategy reads.
+    A key that says which subnets learn, or from whom, must be one that the strategy reads; at its default it
+    says nothing. What says when and how they join (`switch`, `ramp_epochs`, `sort_channels`,
+    `constant_tail`) may stand in a file for other strategies, so that one file serves several.
     """
 
     strategy: Literal[
@@ -75,6 +76,7 @@ class TrainConfig(Part):
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Less than `epochs`; in a run that is no longer than the default, half the run in its place."""
     label_smoothing: Fraction = 0.1
     dropout: Fraction = 0.0
     """Before the classifier, for the largest network only."""
@@ -90,9 +92,10 @@ class TrainConfig(Part):
     divergence: Literal["kl", "alpha"] = "kl"
     """How subnets learn from the largest network: `alpha` is AlphaNet's adaptive alpha-divergence."""
     switch: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Delayed shrinking: the part of the run in which the largest network learns alone."""
+    """Delayed shrinking: the part of the run in which the largest network learns alone; 0.54 as published."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 5.0
-    """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1."""
+    """Delayed shrinking: the epochs over which the subnets' weight rises from 0 to 1; what is left of the run
+    after the switch, where that is less."""
     sort_channels: bool = True
     """Delayed and progressive shrinking: whether channels are sorted by importance before subnets join."""
     constant_tail: bool = True
@@ -136,12 +139,36 @@ class TrainConfig(Part):
     def _refuse_what_is_not_read(self) -> Self:
         read = READ_BY[self.strategy]
         for name in sorted(set().union(*READ_BY.values()) - read):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if not self._is_default(name):
                 readers = " and ".join(s for s, keys in READ_BY.items() if name in keys)
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but the strategy {self.strategy!r} does not read "
                     f"it; it is a key of {readers}"
                 )
+        for name, needs, there in (
+            ("curriculum_multiple", "a curriculum", self.curriculum != "none"),
+            ("momentum", "the optimizer sgd or rmsprop", self.optimizer != "adamw"),
+            ("teacher_weight", "teachers", bool(self.teachers) or self.strategy != "alone"),
+            ("teacher_labels", "teachers", bool(self.teachers) or self.strategy != "alone"),
+        ):
+            if not there and not self._is_default(name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but it is read only with {needs}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_fit(self) -> Self:
+        if self.warmup_epochs >= self.epochs and not self._is_default("warmup_epochs"):
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}, of {self.epochs:g} epochs in all: the learning rate "
+                "would only rise; give fewer"
+            )
+        if self.random_subnets == 0 and self.strategy in ("sorted-net", "attentive", "shifting"):
+            raise ValueError(
+                f"random_subnets is 0, but the strategy {self.strategy!r} is about those that it draws; give "
+                "at least 1"
+            )
         if self.strategy == "fixed-list" and not self.subnets and self.spread is None:
             raise ValueError("a fixed list names its subnets, or how many are spread over the space")
         if self.subnets and self.spread is not None:
@@ -155,15 +182,18 @@ class TrainConfig(Part):
             )
         return self
 
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
+
 
 READ_BY: Mapping[str, frozenset[str]] = {
-    "delayed-shrinking": frozenset({"divergence"}),
-    "sandwich": frozenset({"divergence"}),
+    "delayed-shrinking": frozenset({"random_subnets", "divergence"}),
+    "sandwich": frozenset({"random_subnets", "divergence"}),
     "progressive-shrinking": frozenset({"teachers", "teacher_weight"}),
-    "sorted-net": frozenset({"subnets", "spread"}),
+    "sorted-net": frozenset({"random_subnets", "subnets", "spread"}),
     "fixed-list": frozenset({"subnets", "spread"}),
-    "attentive": frozenset({"divergence"}),
-    "shifting": frozenset({"divergence"}),
+    "attentive": frozenset({"random_subnets", "divergence", "cost_bins", "candidates", "keeps"}),
+    "shifting": frozenset({"random_subnets", "divergence", "cost_bins", "floor"}),
     "single-path": frozenset({"coarse"}),
     "alone": frozenset({"subnets", "teachers", "teacher_weight", "teacher_labels"}),
 }

@@ -93,9 +93,9 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
 def test_an_override_is_laid_over_the_file(
     tmp_path: Path, override: str, expected: dict[str, object]
 ) -> None:
-    path = write(tmp_path, MINIMAL + "[train]\nepochs = 3\nmomentum = 0.5\n")
+    path = write(tmp_path, MINIMAL + "[train]\nepochs = 3\nweight_decay = 0.5\n")
     config = load_config(path, overrides=[override])
-    assert config.train == TrainConfig.model_validate({"epochs": 3.0, "momentum": 0.5, **expected})
+    assert config.train == TrainConfig.model_validate({"epochs": 3.0, "weight_decay": 0.5, **expected})
 
 
 def test_overrides_reach_lists_tables_and_values_with_an_equals_sign(tmp_path: Path) -> None:

@@ -101,9 +101,10 @@ def train(
     """
     per_epoch = stream.steps_per_epoch(batch_size)
     steps = max(1, round(config.epochs * per_epoch))
+    warmup = round(config.warmup_epochs * per_epoch)
     schedule = strategy.schedule(
         lr=config.lr,
-        warmup_steps=round(config.warmup_epochs * per_epoch),
+        warmup_steps=warmup if warmup < steps else steps // 2,
         steps=steps,
         steps_per_epoch=per_epoch,
     )

@@ -414,6 +414,16 @@ def test_accuracies_of_both_ends_are_noted_at_the_end_of_each_epoch(
     assert read_records(tmp_path) == records
 
 
+def test_a_warm_up_as_long_as_the_run_is_cut_to_its_half(space: SearchSpace, tmp_path: Path) -> None:
+    rates: list[float] = []
+    config = QUICK.model_copy(update={"epochs": 1.0, "warmup_epochs": 1.0})
+    run(
+        new_supernet(space, config), tmp_path, config=config,
+        on_record=lambda record, _: rates.append(record.lr),
+    )  # fmt: skip
+    assert rates == [Cosine(0.05, 2, 4).at(step) for step in range(4)]
+
+
 def test_speed_is_that_of_the_epoch_so_far(space: SearchSpace, tmp_path: Path) -> None:
     ticks = itertools.count()
     seen: list[TrainingRecord] = []

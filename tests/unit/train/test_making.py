@@ -131,6 +131,18 @@ def test_a_subnet_that_is_none_of_the_space_is_refused() -> None:
         ({"strategy": "fixed-list"}, "a fixed list names its subnets"),
         ({"strategy": "fixed-list", "spread": 3, "subnets": ["{}"]}, "1 subnets are named and 3 are spread"),
         ({"strategy": "alone", "subnets": ["{}", "{}"]}, "2 subnets are named, but one alone is trained"),
+        ({"strategy": "single-path", "random_subnets": 4},
+         "it is a key of delayed-shrinking and sandwich and sorted-net and attentive and shifting"),
+        ({"strategy": "sandwich", "keeps": "worst"}, "it is a key of attentive"),
+        ({"strategy": "attentive", "floor": 0.5}, "it is a key of shifting"),
+        ({"coarse": 0.5}, "it is a key of single-path"),
+        ({"strategy": "alone", "teacher_labels": 0.5}, "it is read only with teachers"),
+        ({"strategy": "alone", "teacher_weight": 0.5}, "it is read only with teachers"),
+        ({"curriculum_multiple": 4}, "it is read only with a curriculum"),
+        ({"optimizer": "adamw", "momentum": 0.8}, "it is read only with the optimizer sgd or rmsprop"),
+        ({"strategy": "sorted-net", "random_subnets": 0}, "give at least 1"),
+        ({"strategy": "attentive", "random_subnets": 0}, "give at least 1"),
+        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs is 5, of 5 epochs in all"),
         ({"strategy": "sandwhich"}, "train.strategy: Input should be 'delayed-shrinking', 'sandwich'"),
     ],
 )  # fmt: skip
@@ -142,7 +154,8 @@ def test_keys_that_a_strategy_does_not_read_are_refused(keys: dict[str, Any], me
 
 
 def test_another_strategys_numbers_may_stand_beside_its_own(space: SearchSpace) -> None:
-    assert made(space, strategy="sandwich", switch=0.3, floor=0.5) == Sandwich()
+    assert made(space, strategy="sandwich", switch=0.3, ramp_epochs=3.0, sort_channels=False) == Sandwich()
+    assert made(space, strategy="single-path", random_subnets=2) == SinglePath()  # the default says nothing
 
 
 def test_a_configuration_with_subnets_is_kept_by_an_override() -> None:

@@ -65,6 +65,12 @@ def test_the_weight_of_subnets_rises_linearly_over_the_ramp(space: SearchSpace) 
         assert weights(strategy, space, step) == [1.0, *[pytest.approx(weight)] * 3], step
 
 
+def test_a_ramp_longer_than_what_is_left_ends_with_the_run(space: SearchSpace) -> None:
+    strategy = DelayedShrinking(switch=0.4, ramp_epochs=1000)  # 60 steps from step 40 on
+    assert weights(strategy, space, 40)[1] == pytest.approx(1 / 60)
+    assert weights(strategy, space, 99) == [1.0] * 4
+
+
 def test_without_a_ramp_subnets_count_in_full_at_once(space: SearchSpace) -> None:
     assert weights(DelayedShrinking(switch=0.4, ramp_epochs=0), space, 40) == [1.0] * 4
 

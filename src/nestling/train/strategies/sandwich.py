@@ -45,7 +45,8 @@ class DelayedShrinking(Strategy):
     The largest network learns alone for the part `switch` of the run. Then its channels are sorted once, and
     every step is a sandwich in which the weight of all but the largest rises linearly from 0 to 1 over
     `ramp_epochs`. The paper states the ramp as an effective learning rate of the subnets; as the learning
-    rate hardly changes in a few epochs, that is this weight. Published with the switch at 54 % of 270 epochs
+    rate hardly changes in a few epochs, that is this weight. Where less is left of the run than the ramp is
+    long, it rises to 1 over what is left. Published with the switch at 54 % of 270 epochs
     and a ramp of 5. Without `sort_channels` they keep their places, as those of a network do that was sorted
     before, or cannot be.
     """
@@ -61,7 +62,8 @@ class DelayedShrinking(Strategy):
         since = progress.step - self._first_shrinking_step(progress)
         if since < 0:
             return [Visit(space.largest)]
-        ramp_steps = self.ramp_epochs * progress.steps_per_epoch
+        left = progress.steps - self._first_shrinking_step(progress)
+        ramp_steps = min(self.ramp_epochs * progress.steps_per_epoch, left)
         weight = min(1.0, (since + 1) / ramp_steps) if ramp_steps else 1.0
         return sandwich(
             space, rng, random_subnets=self.random_subnets, weight=weight, divergence=self.divergence
