@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nestling.pipeline.alone import train_alone
+from nestling.pipeline.alone import alone_with, train_alone
 from nestling.pipeline.asked import Asked, ask, check_numbers
+from nestling.pipeline.forecast import run_macs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.scored import Scored, area_under, compared, gained, row
 from nestling.pipeline.workbench import EVALUATION_BATCH, Workbench
@@ -28,7 +30,6 @@ from nestling.run import RunError
 from nestling.space import Arch
 from nestling.train.evaluate import recalibrate
 from nestling.train.quality import hits_from_text, hits_to_text
-from nestling.train.strategies.accounting import BACKWARD
 
 SUMMARY = "evaluation.json"
 RESULTS = "evaluation"
@@ -118,9 +119,14 @@ def evaluate_supernet(
 
 def _forecast(bench: Workbench, archs: Sequence[Arch], epochs: float) -> str:
     batch = bench.config.data.batch_size
-    steps = max(1, round(epochs * bench.data.train.steps_per_epoch(batch)))
-    of_an_image = BACKWARD * sum(bench.macs(arch) for arch in archs) + len(archs) * bench.teachers_macs
-    macs = steps * batch * of_an_image
+    per_epoch = bench.data.train.steps_per_epoch(batch)
+    steps = max(1, round(epochs * per_epoch))
+    train = bench.config.train
+    of_an_image = sum(
+        run_macs(bench, replace(alone_with(train), arch=arch), train, steps=steps, steps_per_epoch=per_epoch)
+        for arch in archs
+    )
+    macs = of_an_image * batch
     return f"{len(archs)} networks to train alone, {steps:,} steps each: {macs:.3g} MACs in all"
 
 

@@ -151,18 +151,15 @@ class Workbench:
         teachers = [load_teacher(name, classes=classes) for name in names]
         return SoftLabels(teachers, mean=self.data.mean, std=self.data.std).to(self.torch_device)
 
-    @property
-    def teachers_macs(self) -> int:
-        """The multiply-accumulates of one image through all teachers, or else through a frozen largest."""
-        return self.teachers_macs_at(self.data.size)
-
     def teachers_macs_at(self, side: int) -> int:
-        """The same, for one image of `side` pixels; counted once."""
+        """The multiply-accumulates of one image of `side` pixels through all teachers; counted once.
+
+        Where none are named they are those of a frozen largest network.
+        """
+        if self.teachers is None:
+            return self.macs(capped(self.space.largest, side))
         if side not in self._teachers_macs:
-            if self.teachers is None:
-                self._teachers_macs[side] = self.macs(capped(self.space.largest, side))
-            else:
-                self._teachers_macs[side] = macs_of(self.teachers, side)
+            self._teachers_macs[side] = macs_of(self.teachers, side)
         return self._teachers_macs[side]
 
     @property

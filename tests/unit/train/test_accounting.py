@@ -5,8 +5,8 @@ import random
 import pytest
 
 from nestling.space import Arch, SearchSpace
-from nestling.train.strategies import Alone, DelayedShrinking, Progress, Sandwich, Strategy, Visit
-from nestling.train.strategies.accounting import steps_for, training_macs, visits_macs
+from nestling.train.strategies import Alone, DelayedShrinking, Progress, Sandwich, Visit
+from nestling.train.strategies.accounting import training_macs, visits_macs
 
 
 def macs(arch: Arch) -> float:
@@ -40,29 +40,6 @@ def test_a_run_costs_what_its_phases_do(space: SearchSpace) -> None:
 
 def test_a_run_of_fewer_steps_than_are_looked_at_costs_each_of_them_once(space: SearchSpace) -> None:
     assert training_macs(Alone(), space, macs, steps=7, steps_per_epoch=10) == pytest.approx(7 * 48)
-
-
-@pytest.mark.parametrize("strategy", [Sandwich(), DelayedShrinking(switch=0.4), Alone()])
-def test_the_steps_for_a_budget_are_the_most_that_it_pays(space: SearchSpace, strategy: Strategy) -> None:
-    budget = 3e6
-    steps = steps_for(budget, strategy, space, macs, batch_size=64, steps_per_epoch=10)
-
-    def cost(count: int) -> float:
-        return 64 * training_macs(strategy, space, macs, steps=count, steps_per_epoch=10)
-
-    assert cost(steps) <= budget < cost(steps + 1)
-
-
-def test_equal_budgets_give_the_largest_alone_more_steps_than_a_sandwich(space: SearchSpace) -> None:
-    alone, sandwich = (
-        steps_for(1e6, s, space, macs, batch_size=8, steps_per_epoch=10) for s in (Alone(), Sandwich(0))
-    )
-    assert alone / sandwich == pytest.approx((16 + 3) / 16, rel=0.01)
-
-
-def test_a_budget_below_one_step_is_refused(space: SearchSpace) -> None:
-    with pytest.raises(ValueError, match="one step costs 384 multiply-accumulates, the budget is 100"):
-        steps_for(100, Alone(), space, macs, batch_size=8, steps_per_epoch=10)
 
 
 def test_a_forecast_is_near_the_sum_over_all_steps(space: SearchSpace) -> None:

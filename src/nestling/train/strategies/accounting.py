@@ -12,7 +12,7 @@ from nestling.train.strategies.visits import Progress, Strategy, Visit
 BACKWARD = 3.0
 """A forward and a backward pass cost three forward passes."""
 
-_SAMPLED_STEPS = 48
+SAMPLED_STEPS = 48
 
 
 def visits_macs(
@@ -59,11 +59,13 @@ def training_macs(
     steps: int,
     steps_per_epoch: int,
     teachers_macs: float = 0.0,
-    sampled: int = _SAMPLED_STEPS,
+    sampled: int = SAMPLED_STEPS,
+    part: tuple[int, int] | None = None,
 ) -> float:
     """The multiply-accumulates for each image of a batch, of a run of `steps` steps, forecast from some.
 
-    The steps that are looked at are the middles of equal parts of the run; archs are drawn from a seed.
+    The steps that are looked at are the middles of equal parts of what is counted; archs are drawn from a
+    seed.
 
     Args:
         strategy: whose visits are counted.
@@ -73,47 +75,15 @@ def training_macs(
         steps_per_epoch: of the data.
         teachers_macs: of one forward pass of all teachers.
         sampled: how many steps are looked at.
+        part: counts these steps of the run alone, from the first up to, without, the last.
     """
+    first, end = part or (0, steps)
     total = 0.0
-    for part in range(sampled):
-        progress = Progress(int((part + 0.5) * steps / sampled), steps, steps_per_epoch)
-        # chance by the part and not by the step: runs of any length draw alike, and a longer one costs more
-        visits = strategy.visits(space, progress, random.Random(f"forecast/{part}"))
-        total += visits_macs(visits, macs, teachers_macs=teachers_macs)
-    return total / sampled * steps
-
-
-def steps_for(
-    budget: float,
-    strategy: Strategy,
-    space: SearchSpace,
-    macs: Callable[[Arch], float],
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    teachers_macs: float = 0.0,
-) -> int:
-    """How many steps `strategy` may take for `budget` multiply-accumulates, at least 1.
-
-    What a step costs depends on how long the run is where a phase is told in epochs, so the number is looked
-    for by bisection.
-
-    Raises:
-        ValueError: the budget does not suffice for one step.
-    """
-
-    def needed(steps: int) -> float:
-        macs_of_image = training_macs(
-            strategy, space, macs, steps=steps, steps_per_epoch=steps_per_epoch, teachers_macs=teachers_macs
+    for index in range(sampled):
+        step = first + int((index + 0.5) * (end - first) / sampled)
+        # chance by the index and not by the step: runs of any length draw alike, and a longer one costs more
+        visits = strategy.visits(
+            space, Progress(step, steps, steps_per_epoch), random.Random(f"forecast/{index}")
         )
-        return macs_of_image * batch_size
-
-    if needed(1) > budget:
-        raise ValueError(f"one step costs {needed(1):.3g} multiply-accumulates, the budget is {budget:.3g}")
-    enough, too_many = 1, 2
-    while needed(too_many) <= budget:
-        enough, too_many = too_many, 2 * too_many
-    while too_many - enough > 1:
-        middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if needed(middle) <= budget else (enough, middle)
-    return enough
+        total += visits_macs(visits, macs, teachers_macs=teachers_macs)
+    return total / sampled * (end - first)
