@@ -124,7 +124,7 @@ class TrainConfig(Part):
     joint_norm: bool = False
     """On several ranks: whether batch normalization uses the statistics of all ranks' images."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Automatic mixed precision on CUDA; `auto` is bf16 where the GPU has it. Never on the CPU."""
+    """Automatic mixed precision; `auto` is bf16 on a GPU that has it, else fp16, and off on a CPU."""
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay of the moving average of the weights, such as 0.9999, which then are the result; 0: none."""
     curriculum: Literal["none", "efficienttrain", "efficienttrain++"] = "none"
@@ -161,8 +161,8 @@ class TrainConfig(Part):
     def _refuse_what_does_not_fit(self) -> Self:
         if self.warmup_epochs >= self.epochs and not self._is_default("warmup_epochs"):
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g}, of {self.epochs:g} epochs in all: the learning rate "
-                "would only rise; give fewer"
+                f"warmup_epochs is {self.warmup_epochs:g}, of {self.epochs:g} epochs in all: the learning "
+                "rate would only rise; give fewer"
             )
         if self.random_subnets == 0 and self.strategy in ("sorted-net", "attentive", "shifting"):
             raise ValueError(

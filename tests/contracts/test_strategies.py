@@ -177,6 +177,14 @@ class StopError(Exception):
     """What a test interrupts training with."""
 
 
+def killed_at(stop: int) -> Callable[[TrainingRecord, Progress], None]:
+    def on_record(record: TrainingRecord, _: Progress) -> None:
+        if record.step == stop:
+            raise StopError
+
+    return on_record
+
+
 def trained(
     recipe: str,
     folder: Path,
@@ -250,14 +258,6 @@ def test_a_run_that_was_killed_and_continued_ends_with_the_same_weights(recipe: 
         "zero_last_norms": True,
     }
     whole = trained(recipe, tmp_path / "whole", **changes)
-
-    def killed_at(stop: int) -> Callable[[TrainingRecord, Progress], None]:
-        def on_record(record: TrainingRecord, _: Progress) -> None:
-            if record.step == stop:
-                raise StopError
-
-        return on_record
-
     for stop in (2, 6, 7, 11):
         with pytest.raises(StopError):
             trained(recipe, tmp_path / "parts", on_record=killed_at(stop), **changes)
@@ -268,6 +268,30 @@ def test_a_run_that_was_killed_and_continued_ends_with_the_same_weights(recipe: 
     spent, wanted = rest.account.spent(), whole.account.spent()
     assert (spent.steps, spent.images) == (wanted.steps, wanted.images) == (STEPS, STEPS * BATCH)
     assert (spent.macs, spent.macs_error) == (wanted.macs, 0.0)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_run_in_mixed_precision_that_was_killed_ends_with_the_same_weights(
+    amp: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "amp": amp, "average": 0.9, "clip_norm": 0.5, "clip_value": 0.1, "checkpoint_seconds": 0.0,
+        "epochs": 4,
+    }  # fmt: skip
+    whole = trained("delayed-shrinking", tmp_path / "whole", **changes)
+    for stop in (3, 9, 14):
+        with pytest.raises(StopError):
+            trained("delayed-shrinking", tmp_path / "parts", on_record=killed_at(stop), **changes)
+    rest = trained("delayed-shrinking", tmp_path / "parts", **changes)
+    assert same(rest.weights, whole.weights)
+    ends = [load_checkpoint(tmp_path / name) for name in ("whole", "parts")]
+    scalers = [end.state["scaler"] for end in ends if end is not None]
+    assert scalers[0] == scalers[1]
+    # every step counts towards the next growth of fp16's scale, also those before a kill
+    assert scalers[0].get("_growth_tracker", 16) == 16
+    plain = trained("delayed-shrinking", tmp_path / "plain", **(changes | {"amp": "off"}))
+    assert not same(plain.weights, whole.weights)
+    assert all(bool(tensor.isfinite().all()) for tensor in whole.weights.values())
 
 
 @every_recipe

@@ -29,23 +29,25 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 class Precision:
-    """Automatic mixed precision on CUDA; nothing at all elsewhere.
+    """Automatic mixed precision, on any device that is asked for it.
 
     Args:
-        amp: `auto` (bf16 where the GPU has it, else fp16), `bf16`, `fp16` or `off`.
+        amp: `bf16`, `fp16`, `off`, or `auto`: off but on CUDA, bf16 where the GPU has it, else fp16.
         device: where the network is.
     """
 
     def __init__(self, amp: str, device: torch.device) -> None:
-        on = device.type == "cuda" and amp != "off"
+        cuda = device.type == "cuda"
+        on = amp in ("bf16", "fp16") or (amp == "auto" and cuda)
         bf16 = on and (amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported()))
+        self.kind = device.type
         self.dtype = torch.bfloat16 if bf16 else torch.float16
         self.on = on
         self.scaler = torch.amp.GradScaler(device.type, enabled=on and not bf16)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
-        return torch.autocast("cuda", dtype=self.dtype) if self.on else nullcontext()
+        return torch.autocast(self.kind, dtype=self.dtype) if self.on else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of `loss`, scaled as fp16 needs it, to the parameters'."""

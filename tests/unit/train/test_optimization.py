@@ -35,12 +35,29 @@ def test_the_optimizer_is_the_one_that_the_configuration_names() -> None:
     assert isinstance(make_optimizer(network, TrainConfig(optimizer="adamw")), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "off"])
-def test_precision_is_never_mixed_on_the_cpu(amp: str) -> None:
+@pytest.mark.parametrize("amp", ["auto", "off"])
+def test_precision_is_not_mixed_on_the_cpu_by_itself(amp: str) -> None:
     precision = Precision(amp, torch.device("cpu"))
     with precision.autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
     assert precision.state() == {}
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision_is_mixed_on_the_cpu_where_it_is_asked_for(amp: str, dtype: torch.dtype) -> None:
+    precision = Precision(amp, torch.device("cpu"))
+    with precision.autocast():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+    assert ("scale" in precision.state()) == (amp == "fp16")  # bf16 has float32's range
+
+
+def test_scaled_gradients_are_clipped_at_their_own_size() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision = Precision("fp16", torch.device("cpu"))
+    precision.backward((weight * torch.tensor([30.0, 40.0])).sum())
+    precision.step(optimizer, [weight], clip_norm=1.0)
+    assert weight.detach().tolist() == pytest.approx([-0.6, -0.8], abs=1e-5)
 
 
 def test_gradients_are_clipped_to_the_norm_and_removed_after_the_step() -> None:
