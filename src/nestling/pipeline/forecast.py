@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,15 @@ def run_macs(
         starts = curriculum.starts(steps)
         sides = [curriculum.side(period, full=full) for period in curriculum.periods]
         parts = list(zip(starts, [*starts[1:], steps], sides, strict=True))
+
+    def macs_at(side: int, arch: Arch) -> int:
+        return bench.macs(arch if curriculum is None else capped(arch, side))
+
     return sum(
         training_macs(
             strategy,
             bench.space,
-            lambda arch, side=side: bench.macs(arch if curriculum is None else capped(arch, side)),
+            partial(macs_at, side),
             steps=steps,
             steps_per_epoch=steps_per_epoch,
             teachers_macs=bench.teachers_macs_at(side),
