@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ class Compiler:
     def __init__(self, *, fails: Exception | None = None) -> None:
         self.fails = fails
         self.backends: list[str] = []
+        self.functions: list[FunctionType] = []
         self.shapes: list[tuple[int, ...]] = []
 
     def __call__(
@@ -26,6 +28,8 @@ class Compiler:
     ) -> Callable[..., Tensor]:
         assert not dynamic
         self.backends.append(backend)
+        assert isinstance(function, FunctionType)
+        self.functions.append(function)
 
         def run(network: nn.Module, lent: Mapping[str, Tensor], images: Tensor) -> Tensor:
             self.shapes.append(tuple(images.shape))
@@ -63,8 +67,10 @@ IMAGES = torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2)
 def test_each_arch_has_a_compiled_call_of_its_own(space: SearchSpace, compiler: Compiler) -> None:
     calls = compiled_calls([space.largest, space.smallest], backend="mine")
     assert list(calls) == [space.largest, space.smallest]
-    assert calls[space.largest] is not calls[space.smallest]
+    for call in calls.values():
+        call(dropping(), weights(), IMAGES)
     assert compiler.backends == ["mine", "mine"]
+    assert compiler.functions[0].__code__ is not compiler.functions[1].__code__
 
 
 def test_a_compiled_call_draws_and_computes_what_a_plain_one_does(
@@ -137,6 +143,27 @@ def test_a_failure_in_the_backward_pass_is_found_in_the_trial(
     with pytest.warns(RuntimeWarning, match="no backward"):
         logits = call(dropping(), weights(), IMAGES)
     torch.autograd.backward(logits.sum())
+
+
+@pytest.mark.slow
+def test_more_shapes_and_archs_are_compiled_than_the_compiler_takes_of_one_function(
+    space: SearchSpace,
+) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        del inputs
+        compiled.append(1)
+        return graph.forward
+
+    network, lent = dropping(), weights()
+    calls = [CompiledCall(space.largest, backend=backend) for _ in range(10)]
+    for call in calls:
+        call(network, lent, IMAGES)
+    for images in range(3, 12):
+        call(network, lent, IMAGES[:1].expand(images, 3, 2, 2))
+    assert len(compiled) == 10 + 9
+    assert all(call.is_compiled for call in calls)
 
 
 @pytest.mark.slow
