@@ -11,7 +11,7 @@ from torch import Tensor
 from nestling.models.graph import Operator
 from nestling.quant.scaling import group_count
 
-LEAST_SAMPLES = 8192
+LEAST_SAMPLES = 2048
 """Rows of a layer's input that its moments are made of, or four times as many as a row is long."""
 
 
@@ -87,7 +87,7 @@ def _patches(operator: Operator, maps: Tensor, per_image: float, generator: torc
     pads, kernel = operator.integers("pads"), operator.constant().shape[2:]
     rank = len(kernel)
     sides = [side for axis in reversed(range(rank)) for side in (pads[axis], pads[axis + rank])]
-    windows = F.pad(maps, sides)
+    windows = F.pad(maps, sides) if any(sides) else maps
     options = zip(kernel, operator.integers("strides"), operator.integers("dilations"), strict=True)
     for axis, (taps, stride, dilation) in enumerate(options, start=2):
         # The window comes as a new last axis; views only, nothing is copied yet.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nestling.config import ConfigError, load_config
 from nestling.export import file_key, load_onnx
-from nestling.pipeline.alone import alone_with, train_alone
+from nestling.pipeline.alone import alone_with, recipe_alone, train_alone
 from nestling.pipeline.finetuning import Tuning, finetune, finetuned_name, tuning
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.stages import open_run
@@ -381,7 +381,7 @@ def test_a_network_trained_alone_learns_from_the_teachers_that_the_supernet_lear
     supernet = fresh.new_supernet()
     train(
         supernet, fresh.data.train, strategy=Alone(teacher=3.0, labels=1.0), teachers=fresh.teachers,
-        config=config.model_copy(update={"epochs": 1.0}), seed=fresh.config.seed,
+        config=recipe_alone(config, epochs=1.0, given=False, largest=True), seed=fresh.config.seed,
         batch_size=fresh.config.data.batch_size, augment=fresh.config.data.augment, folder=tmp_path / "b",
     )  # fmt: skip
     assert same(alone, supernet.materialize(fresh.space.largest))

@@ -36,9 +36,12 @@ def sequence(*layers: nn.Module) -> Graph:
 LINKED = {
     "relu": lambda: sequence(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten()),
     "nothing": lambda: sequence(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten()),
-    "depthwise": lambda: sequence(nn.Conv2d(3, 6, 3), nn.PReLU(6), nn.Conv2d(6, 12, 3, groups=6), nn.Flatten()),
+    "depthwise": lambda: sequence(
+        nn.Conv2d(3, 6, 3), nn.PReLU(6), nn.Conv2d(6, 12, 3, groups=6), nn.Flatten()
+    ),
     "pools": lambda: sequence(
-        nn.Conv2d(3, 6, 3, padding=1), nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Conv2d(6, 4, 1), nn.Flatten()
+        nn.Conv2d(3, 6, 3, padding=1), nn.LeakyReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2),
+        nn.Conv2d(6, 4, 1), nn.Flatten(),
     ),
     "flattened maps": lambda: sequence(nn.Conv2d(3, 6, 7), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)),
     "pixels": lambda: sequence(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
