@@ -107,24 +107,25 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how good the trained supernet is, over all costs; continues where it was stopped."""
-    _check_run(folder)
+    """Tell how good the trained supernet is, over all costs; continues where it was stopped.
+
+    On many GPUs: `torchrun --nproc_per_node=8 -m nestling.cli evaluate RUN`.
+    """
+    _check_run(folder, together=True)
     from nestling import console, pipeline
 
-    bench = pipeline.open_run(folder)
-    try:
-        with console.display() as listener:
-            found = pipeline.evaluate_supernet(
-                bench,
-                subnets=subnets,
-                alone=alone,
-                epochs=epochs,
-                listener=listener,
-                on_scored=listener.scored,
-            )
-    finally:
-        bench.close()
-    console.print_evaluation(found, as_json=as_json)
+    with pipeline.join_ranks(pipeline.open_run(folder).config) as ranks:
+        bench = pipeline.open_run(folder, ranks=ranks)
+        silent = nullcontext(pipeline.Silent())
+        try:
+            with console.display() if ranks.first else silent as listener:
+                found = pipeline.evaluate_supernet(
+                    bench, subnets=subnets, alone=alone, epochs=epochs, listener=listener
+                )
+        finally:
+            bench.close()
+    if ranks.first:
+        console.print_evaluation(found, as_json=as_json)
 
 
 @app.command()
@@ -377,14 +378,17 @@ def _check_alone() -> None:
     from nestling.run import RunError
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RunError("torchrun is for `nestling train` alone; start other commands without it")
+        raise RunError(
+            "torchrun is for `nestling train` and `nestling evaluate`; start other commands without it"
+        )
 
 
-def _check_run(folder: Path) -> None:
-    """Refuses a folder without a run, and many processes, before anything heavy is imported."""
+def _check_run(folder: Path, *, together: bool = False) -> None:
+    """Refuses a folder without a run, and many processes unless `together`, before all that is heavy."""
     from nestling.run import Run
 
-    _check_alone()
+    if not together:
+        _check_alone()
     Run.open(folder).config()
 
 

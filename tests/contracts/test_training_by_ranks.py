@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -204,6 +205,31 @@ def test_nestling_train_by_two_ranks_is_that_by_one(tmp_path: Path) -> None:
     trained = pipeline.open_run(tmp_path / "two")
     assert trained.supernet.space.largest.integer("classes") == 10
     trained.close()
+
+
+def test_nestling_evaluate_by_two_ranks_is_that_by_one(tmp_path: Path) -> None:
+    overrides = ("train.epochs=1", "train.strategy='single-path'")
+    bench = pipeline.prepare(
+        load_config(TOY, overrides=overrides), tmp_path / "one", listener=pipeline.Silent()
+    )
+    pipeline.train_supernet(bench, listener=pipeline.Silent())
+    bench.close()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    asked: dict[str, Any] = {"subnets": 2, "alone": 1, "epochs": 0.2}
+    wanted = pipeline.evaluate_supernet(
+        pipeline.open_run(tmp_path / "one"), **asked, listener=pipeline.Silent()
+    )
+    words = (f"--{name}={value}" for name, value in asked.items())
+    told = torchrun("-m", "nestling.cli", "evaluate", str(tmp_path / "two"), *words)
+    assert told.count("train alone, 1 of 1") == 1  # one of them reports
+    found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert found["finished"]
+    rows = [*found["subnets"], *found["alone"]["networks"]]
+    for row, one in zip(rows, [*wanted["subnets"], *wanted["alone"]["networks"]], strict=True):
+        assert row["arch_key"] == one["arch_key"]
+        # sums in another order may move an image that lies on the border of two classes
+        assert row["top1"] == pytest.approx(one["top1"], abs=2.5 / found["images"])
+    assert len({row["top1"] for row in rows}) > 1
 
 
 if __name__ == "__main__":

@@ -135,14 +135,14 @@ def test_what_cannot_be_fine_tuned_is_said_in_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_of_many_processes_each_command_but_train_is_refused(
+def test_of_many_processes_each_command_but_train_and_evaluate_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments in (("run", "tests/toy.toml", "--output", str(tmp_path / "run")), ("report", "nowhere")):
         done = _nestling(*arguments)
         assert done.returncode == 2
-        assert "torchrun is for `nestling train` alone" in done.stderr
+        assert "torchrun is for `nestling train` and `nestling evaluate`" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

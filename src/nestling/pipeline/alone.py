@@ -134,7 +134,7 @@ def train_network(
     with counted(bench, teachers=teachers) as account:
         train(
             supernet,
-            bench.data.train,
+            bench.data.train.divided(bench.ranks.rank, of=bench.ranks.world),
             strategy=strategy,
             config=config,
             batch_size=bench.config.data.batch_size,
@@ -143,9 +143,11 @@ def train_network(
             folder=folder,
             device=bench.torch_device,
             teachers=teachers,
+            ranks=bench.ranks,
             on_record=listener.training,
             account=account,
         )
     told = {"finished": True, "spent": account.spent().to_dict()}
-    write_atomically(folder / "training.json", json.dumps(told, indent=2).encode())
+    if bench.ranks.first:
+        write_atomically(folder / "training.json", json.dumps(told, indent=2).encode())
     return supernet.materialize(space.largest)

@@ -28,15 +28,12 @@ from nestling.pipeline.scored import Scored, area_under, compared, gained, row
 from nestling.pipeline.workbench import EVALUATION_BATCH, Workbench
 from nestling.run import RunError
 from nestling.space import Arch
-from nestling.train.evaluate import recalibrate
 from nestling.train.quality import hits_from_text, hits_to_text
+from nestling.train.sharing import recalibrate_together
 
 SUMMARY = "evaluation.json"
 RESULTS = "evaluation"
 """The folder of single results."""
-
-OnScored = Callable[[str, int, int], None]
-"""Told of each scored network: its key, its number, how many there will be."""
 
 
 def evaluate_supernet(
@@ -46,7 +43,6 @@ def evaluate_supernet(
     alone: int = 0,
     epochs: float | None = None,
     listener: Listener,
-    on_scored: OnScored | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """What `evaluation.json` holds of the run's supernet; continues where it was stopped.
@@ -65,7 +61,8 @@ def evaluate_supernet(
     - `search.improvement`: the search's front against subnets that nobody chose, at the same MACs. The front
       was chosen on these same images, so that it is somewhat too high.
 
-    A figure is None as long as what it is taken from is missing, or too alike to have one.
+    A figure is None as long as what it is taken from is missing, or too alike to have one. Several ranks
+    share the images of statistics and scores, and train together; the first alone reads and writes.
 
     Args:
         bench: the run.
@@ -73,8 +70,7 @@ def evaluate_supernet(
         alone: how many of them are trained alone as well, in pairs of neighbours, so that networks of about
             the same MACs can be compared.
         epochs: of training alone; as many as the supernet's where it is None.
-        listener: hears of training.
-        on_scored: hears of every scored network.
+        listener: hears of every scored network, and of training.
         clock: seconds.
 
     Raises:
@@ -85,23 +81,24 @@ def evaluate_supernet(
     check_numbers(subnets, alone, epochs)
     listener.stage("evaluate")
     _ = bench.supernet  # an unfinished training is told before anything else is computed
-    asked = ask(bench, subnets, alone, epochs)
-    (bench.run.folder / RESULTS).mkdir(exist_ok=True)
+    asked = bench.ranks.from_first(lambda: ask(bench, subnets, alone, epochs))
+    ranks = bench.ranks
+    if ranks.first:
+        (bench.run.folder / RESULTS).mkdir(exist_ok=True)
     networks = list(dict.fromkeys([*asked.subnets, *asked.front]))
     shared: dict[Arch, Scored] = {}
     for number, arch in enumerate(networks, 1):
         name = f"{RESULTS}/{arch.key}.json"
         known = _known(bench, arch, name)
         shared[arch] = known or _score(bench, arch, name, partial(bench.supernet.materialize, arch), clock)
-        if known is None:
+        if known is None and ranks.first:
             _write(bench, asked, shared, {}, figures=False)
-        if on_scored is not None:
-            on_scored(arch.key, number, len(networks))
+        listener.scored(arch.key, number, len(networks))
     # networks trained alone without the run's teachers, as they once all were, are other results
     how = "taught" if bench.config.train.teachers else "alone"
     files = {arch: f"{RESULTS}/{arch.key}-{how}-{asked.epochs:g}" for arch in asked.alone}
     trained = {arch: _known(bench, arch, f"{name}.json") for arch, name in files.items()}
-    found = _write(bench, asked, shared, trained, figures=True)
+    found = ranks.from_first(lambda: _write(bench, asked, shared, trained, figures=True))
     missing = [arch for arch, known in trained.items() if known is None]
     if missing:
         listener.note(_forecast(bench, missing, asked.epochs))
@@ -111,7 +108,9 @@ def evaluate_supernet(
         make = partial(train_alone, bench, arch, epochs=asked.epochs, folder=folder, listener=listener)
         name, cost = f"{files[arch]}.json", folder / "training.json"
         trained[arch] = _score(bench, arch, name, make, clock, training=cost)
-        found = _write(bench, asked, shared, trained, figures=True)
+        found = ranks.from_first(lambda: _write(bench, asked, shared, trained, figures=True))
+    if not ranks.first:
+        return found
     for name in files.values():
         shutil.rmtree(bench.run.folder / name, ignore_errors=True)  # the checkpoints of what is done
     return found
@@ -136,6 +135,10 @@ def _known(bench: Workbench, arch: Arch, name: str) -> Scored | None:
     Raises:
         RunError: it is damaged.
     """
+    return bench.ranks.from_first(lambda: _read(bench, arch, name))
+
+
+def _read(bench: Workbench, arch: Arch, name: str) -> Scored | None:
     try:
         known = bench.run.read_json(name)
         if known is None:
@@ -163,8 +166,10 @@ def _score(
     began = clock()
     network = make()
     resolution = bench.resolution(arch)
-    recalibrate(network, bench.recalibration_images(resolution))
+    recalibrate_together(network, bench.recalibration_images(resolution), ranks=bench.ranks)
     found = Scored(arch, bench.macs(arch), _hits(bench, network, resolution), clock() - began)
+    if not bench.ranks.first:
+        return found
     content = {
         "decisions": dict(arch),
         "macs": found.macs,
@@ -180,11 +185,17 @@ def _score(
 
 
 def _hits(bench: Workbench, network: nn.Module, resolution: int) -> NDArray[np.bool_]:
-    """Which images of the search split `network` gets right."""
+    """Which images of the search split `network` gets right; each rank looks at its part of every batch."""
     images = bench.data.search.at(resolution, batch_size=EVALUATION_BATCH, device=bench.torch_device)
+    right = torch.zeros(len(bench.data.search), dtype=torch.int64, device=bench.torch_device)
+    first = 0
     with torch.no_grad():
-        right = [(network(batch.images).argmax(dim=1) == batch.labels).cpu() for batch in images]
-    hits: NDArray[np.bool_] = torch.cat(right).numpy()
+        for number, batch in enumerate(images):
+            if number % bench.ranks.world == bench.ranks.rank:
+                hit = network(batch.images).argmax(dim=1) == batch.labels
+                right[first : first + len(hit)] = hit.long()
+            first += len(batch.labels)
+    hits: NDArray[np.bool_] = bench.ranks.sum(right).cpu().numpy().astype(np.bool_)
     return hits
 
 

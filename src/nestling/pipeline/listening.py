@@ -38,6 +38,10 @@ class Listener(Protocol):
         """A candidate was evaluated."""
         ...
 
+    def scored(self, name: str, number: int, total: int) -> None:
+        """A network was scored by an evaluation: its key, its number, how many there will be."""
+        ...
+
     def exported(self, name: str, number: int, total: int) -> None:
         """A network was handed over."""
         ...
@@ -62,6 +66,9 @@ class Silent:
         """Hears nothing."""
 
     def trial(self, trial: Trial, result: SearchResult, wanted: int) -> None:
+        """Hears nothing."""
+
+    def scored(self, name: str, number: int, total: int) -> None:
         """Hears nothing."""
 
     def exported(self, name: str, number: int, total: int) -> None:

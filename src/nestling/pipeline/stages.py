@@ -156,14 +156,18 @@ def _refuse_small_images(bench: Workbench) -> None:
             ) from error
 
 
-def open_run(folder: Path, *, overrides: Sequence[str] = ()) -> Workbench:
+def open_run(folder: Path, *, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Workbench:
     """The workbench of the run that `folder` holds, with `overrides` such as `search.trials=200`.
+
+    Several ranks open it without overrides.
 
     Raises:
         RunError: there is none, or an override would change what was measured.
         ConfigError: an override that cannot be used.
     """
     run = Run.open(folder)
+    if ranks.world > 1:
+        return Workbench(run, ranks=ranks)
     return Workbench(Run.create(folder, override_config(run.config(), overrides)))
 
 

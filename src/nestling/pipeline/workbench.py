@@ -209,9 +209,9 @@ class Workbench:
         Raises:
             RunError: training is not finished.
         """
-        if self.run.read_json("training.json") is None:
+        if self.ranks.from_first(lambda: self.run.read_json("training.json")) is None:
             raise RunError(f"the training of {self.run.folder} is not finished; `nestling train` finishes it")
-        checkpoint = load_checkpoint(self.checkpoints)
+        checkpoint = self.ranks.from_first(lambda: load_checkpoint(self.checkpoints))
         if checkpoint is None:
             raise RunError(f"{self.checkpoints} holds no checkpoint")
         supernet = self.new_supernet(pretrained=False)

@@ -30,6 +30,18 @@ from nestling.train.strategies import Alone, Progress, Sandwich
 TOY = Path(__file__).parents[2] / "toy.toml"
 
 
+class StoppingAt(Silent):
+    """Interrupts when that many networks are scored."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def scored(self, name: str, number: int, total: int) -> None:
+        del name, total
+        if number == self.number:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose supernet is trained, and nothing more."""
@@ -164,15 +176,11 @@ def test_an_evaluation_that_was_interrupted_everywhere_ends_with_the_same_figure
 ) -> None:
     folder = fresh.run.folder
 
-    def stop_at_second(_: str, number: int, __: int) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    def evaluate(listener: Silent, **more: Any) -> dict[str, Any]:
-        return evaluate_supernet(open_run(folder), subnets=4, alone=2, epochs=1.0, listener=listener, **more)
+    def evaluate(listener: Silent) -> dict[str, Any]:
+        return evaluate_supernet(open_run(folder), subnets=4, alone=2, epochs=1.0, listener=listener)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Silent(), on_scored=stop_at_second)
+        evaluate(StoppingAt(2))
     seen = summary(folder)
     assert not seen["finished"]
     assert seen["area"] is None
@@ -202,14 +210,9 @@ def test_what_was_scored_is_not_scored_again(evaluated: Path) -> None:
 
 
 def test_an_evaluation_is_finished_still_when_it_was_asked_for_again_and_interrupted(evaluated: Path) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     before = summary(evaluated)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_supernet(
-            open_run(evaluated), subnets=4, alone=2, epochs=1.0, listener=Silent(), on_scored=stop
-        )
+        evaluate_supernet(open_run(evaluated), subnets=4, alone=2, epochs=1.0, listener=StoppingAt(1))
     assert summary(evaluated) == before
 
 
