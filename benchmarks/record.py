@@ -84,12 +84,17 @@ class Benchmark:
         return 1 if misses and options.check else 0
 
 
+def _short(word: str) -> str:
+    """`word`; of a path from the machine's root its name alone, as the rest says nothing elsewhere."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def place() -> dict[str, Any]:
     """The machine, the date, the commit and the versions with which something is measured from now on."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(_short(word) for word in sys.argv[1:])],
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
