@@ -213,6 +213,9 @@ class SearchConfig(Part):
     population: Annotated[int, Field(ge=2)] = 20
     warm_start: Annotated[int, Field(ge=0)] = 6
     """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
+    sensitivity: bool = False
+    """Whether archs that save bits where the largest network loses least by it are evaluated next: see
+    `nestling.quant.sensitivity`."""
     recalibration_images: Count = 1024
     calibration_images: Count = 128
 

@@ -27,6 +27,7 @@ from nestling.pipeline.candidate import (
 from nestling.pipeline.islands import float_islands
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import Quantized, QuantPolicy
+from nestling.quant.layers import layers
 from nestling.run import RunError, write_atomically
 from nestling.search import SearchResult, spread_along_front
 from nestling.space import Arch
@@ -164,6 +165,7 @@ def hand_over(
             for key, value in arch.items()
             if key.endswith(".precision")
         },
+        "layers": [asdict(layer) for layer in layers(candidate.graph, candidate.policy)],
         **(more or {}),
     }
     write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())

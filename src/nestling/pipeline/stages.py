@@ -27,6 +27,7 @@ from nestling.pipeline.candidate import (
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
+from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
@@ -218,6 +219,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
             population=config.population,
             seed=bench.config.seed,
             warm_start=config.warm_start,
+            seeds=_seeds(bench, listener),
             on_trial=on_trial,
         )
     for told in result.unmet:
@@ -227,6 +229,15 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         if file.stem not in front:
             file.unlink()
     return result
+
+
+def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:
+    """What `seeds` gives; nothing, and a note, where the largest network is one that cannot be quantized."""
+    try:
+        return seeds(bench, problem(bench))
+    except ValueError as error:
+        listener.note(f"no archs by sensitivity: {error}")
+        return []
 
 
 def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]]:

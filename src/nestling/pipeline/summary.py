@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nestling.pipeline.sensitivity import SENSITIVITY
 from nestling.pipeline.workbench import Workbench
-from nestling.report.content import Member, ReportContent, TrainingPoint, TriedArch, Tuned
+from nestling.report.content import LayerBits, Member, ReportContent, TrainingPoint, TriedArch, Tuned
 from nestling.report.units import count, duration, energy
 from nestling.search import SearchResult
 from nestling.train.records import read_records
@@ -31,6 +32,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
         limits=result.problem.limits if result else (),
         trials=_trials(result) if result else (),
         choices=bench.space.open_choices,
+        sensitivity=(run.read_json(SENSITIVITY) or {}).get("layers", {}),
         training=tuple(
             TrainingPoint(
                 step=r.step,
@@ -83,6 +85,8 @@ def _member(card: Mapping[str, Any]) -> Member:
         weights_path=f"{folder}/weights.safetensors",
         rebuild_path=f"{folder}/rebuild.py",
         precisions=card["precisions"],
+        # a run of before has none
+        layers=tuple(LayerBits(**layer) for layer in card.get("layers", ())),
     )
 
 

@@ -71,7 +71,7 @@ def halve(graph: Graph, policy: QuantPolicy) -> Graph:
 def _held_in(floats: Floats, constant: Tensor | None, *, of: Operator) -> Tensor | None:
     if constant is None or floats == "float32":
         return constant
-    converted = constant.detach().to(_TYPES[floats])
+    converted = constant.detach().to(TYPES[floats])
     if not converted.isfinite().all() and constant.isfinite().all():
         largest = float(constant.abs().max())
         raise ValueError(
@@ -81,4 +81,5 @@ def _held_in(floats: Floats, constant: Tensor | None, *, of: Operator) -> Tensor
     return converted
 
 
-_TYPES: dict[Floats, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPES: dict[Floats, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The floats that are no 32-bit ones."""

@@ -17,6 +17,21 @@ BYTES_PER_MB = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class LayerBits:
+    """One convolution or linear layer, and in how many bits it computes."""
+
+    name: str
+    kind: str
+    """Such as `Conv` or `depthwise Conv`."""
+    precision: str
+    weight_bits: float
+    activation_bits: float
+    """Of what it reads."""
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One network of the front: what was measured from its file.
 
@@ -52,6 +67,8 @@ class Member:
     rebuild_path: str
     precisions: Mapping[str, str]
     """Stage to precision."""
+    layers: tuple[LayerBits, ...] = ()
+    """In order; none where nobody wrote them down."""
 
     def __post_init__(self) -> None:
         fractions = {
@@ -166,6 +183,8 @@ class ReportContent:
     trials: tuple[TriedArch, ...] = ()
     choices: tuple[Choice, ...] = ()
     """The open choices of the space."""
+    sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Layer of the largest network to precision to the divergence, in nats, where it alone is quantized."""
     training: tuple[TrainingPoint, ...] = ()
     shrinking_step: int | None = None
     """The training step at which smaller networks joined the largest; None where they always took part."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from nestling.report import background, networks, tuned
+from nestling.report import background, bits, networks, tuned
 from nestling.report.content import ReportContent
 from nestling.report.markdown import front_markdown
 from nestling.report.markup import Markup, join, tag
@@ -72,6 +72,7 @@ def report_html(content: ReportContent) -> str:
             networks.front(content, numbers),
             networks.table(content, numbers),
             networks.details(content, numbers),
+            bits.bit_maps(content, numbers),
             tuned.table(content),
             background.training(content),
             background.search(content),

@@ -41,13 +41,14 @@ def search(
     population: int = 20,
     seed: int = 0,
     warm_start: int = 6,
+    seeds: Sequence[Arch] = (),
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Everything that was tried, once `trials` different archs are evaluated, those stored before included.
 
-    Begins with the smallest and the largest arch and with `warm_start` archs spread between them. An arch
-    that the sampler proposes again is answered from the record. Where the space has fewer archs than
+    Begins with the smallest and the largest arch, `warm_start` archs spread between them, and `seeds`. An
+    arch that the sampler proposes again is answered from the record. Where the space has fewer archs than
     `trials`, the search ends when all are known.
 
     Args:
@@ -61,6 +62,7 @@ def search(
         population: for samplers that have one.
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
+        seeds: archs of the space that are evaluated next.
         on_trial: called after each trial, duplicates included, when it is stored.
         clock: seconds.
 
@@ -72,7 +74,7 @@ def search(
     check_sampler(sampler, problem, population=population)
     record = Record(problem, storage, name)
     known = {trial.arch: trial for trial in record.trials if trial.state != "duplicate"}
-    begin = _first_archs(problem, warm_start)
+    begin = _first_archs(problem, warm_start, seeds)
     _check_smallest(problem, known)
     while len(known) < min(trials, problem.space.size):
         number = len(record.trials)
@@ -111,9 +113,9 @@ def _check_smallest(problem: Problem, known: Mapping[Arch, Trial]) -> None:
         check_limits(problem, smallest=trial.metrics)
 
 
-def _first_archs(problem: Problem, warm_start: int) -> list[Arch]:
+def _first_archs(problem: Problem, warm_start: int, seeds: Sequence[Arch]) -> list[Arch]:
     ends = [problem.space.smallest, problem.space.largest]
-    return list(dict.fromkeys([*ends, *problem.space.spread(warm_start)]))
+    return list(dict.fromkeys([*ends, *problem.space.spread(warm_start), *seeds]))
 
 
 def _is_stuck(trials: Sequence[Trial]) -> bool:

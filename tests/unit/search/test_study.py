@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -83,6 +84,17 @@ def test_the_ends_come_first_and_trials_counts_different_archs(
     assert set(archs[:4]) == set(problem.space.spread(4))
     assert len(result.complete) == 12
     assert len({trial.arch for trial in result.complete}) == 12
+
+
+def test_seeds_are_tried_right_after_the_archs_that_are_spread(
+    problem: Problem, toy: Evaluate, file: Path
+) -> None:
+    seeds = [problem.space.sample(random.Random(number)) for number in range(3)]
+    result = search(problem, toy, storage=file, name="toy", trials=9, warm_start=4, seeds=seeds)
+    spread = problem.space.spread(4)
+    wanted = list(dict.fromkeys([problem.space.smallest, problem.space.largest, *spread, *seeds]))
+    assert [trial.arch for trial in result.trials][: len(wanted)] == wanted
+    assert set(seeds) - set(spread)
 
 
 def test_a_known_arch_is_answered_from_the_record(problem: Problem, toy: Evaluate, file: Path) -> None:

@@ -1,0 +1,187 @@
+"""Where bits are best saved, from the sensitivity of one network: archs with which a search begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nestling.models.graph import trace
+from nestling.pipeline.candidate import checked_images, quant_policy
+from nestling.pipeline.workbench import Workbench
+from nestling.quant import QuantPolicy, weight_bits
+from nestling.quant.layers import bit_operations
+from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
+from nestling.search import Problem
+from nestling.space import Arch, Value
+from nestling.train.evaluate import recalibrate
+
+SENSITIVITY = "sensitivity.json"
+"""The run's file of what quantizing each layer of its largest network does, and of the archs made of that."""
+MIXES = 3
+"""Mixes of precisions that are tried, spread from none quantized to all."""
+DRAWS = 2
+
+Assignment = Mapping[str, Value]
+"""Choice -> value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A point of a trade-off.
+
+    Attributes:
+        values: choice -> value.
+        cost: in whatever unit was saved.
+    """
+
+    values: Assignment
+    cost: float
+
+
+def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
+    """Archs of mixed precisions, for a search to begin with; none where it is not asked, or none are open.
+
+    They are the largest network of the space and, where choices have one, that of middle values, each in
+    `MIXES` mixes. What is found out is kept in the run's `sensitivity.json`, also layer by layer, for the
+    report.
+
+    Raises:
+        RunError: training is not finished.
+        Untraceable: an operation of the largest network without a translation.
+    """
+    space = bench.space
+    opened = {c.name: c.values for c in space.open_choices if c.name.endswith(".precision")}
+    if not bench.config.search.sensitivity or not opened:
+        return []
+    known = bench.run.read_json(SENSITIVITY)
+    if known is None:
+        measured = largest_sensitivity(bench)
+        known = sensitivity_facts(bench, measured, mixes=mixes(bench, measured, opened, problem=problem))
+        bench.run.write_json(SENSITIVITY, known)
+    hosts = space.spread(3)[1:]
+    found = [space.canonical({**host, **mix["values"]}) for mix in known["mixes"] for host in hosts]
+    return list(dict.fromkeys(found))
+
+
+def largest_sensitivity(bench: Workbench) -> Sensitivity:
+    """The sensitivity of the largest network to every precision of the space, on the calibration images.
+
+    Raises:
+        RunError, Untraceable: see `seeds`.
+    """
+    arch, config = bench.space.largest, bench.config.quant
+    resolution = bench.resolution(arch)
+    network = bench.supernet.materialize(arch)
+    recalibrate(network, bench.recalibration_images(resolution))
+    image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
+    choices = [choice for choice in bench.space.choices if choice.name.endswith(".precision")]
+    return measure_sensitivity(
+        trace(network.cpu(), resolution=resolution, image=image),
+        list(dict.fromkeys(str(value) for choice in choices for value in choice.values)),
+        bench.calibration_images(resolution),
+        method=config.calibration,
+        weights=config.weights,
+        reduce_range=bench.device.fingerprint.int8_saturates,
+        draws=DRAWS,
+        seed=bench.config.seed,
+    )
+
+
+def mixes(
+    bench: Workbench, found: Sensitivity, opened: Mapping[str, Sequence[Value]], *, problem: Problem
+) -> list[Mix]:
+    """`MIXES` mixes of precisions of the largest network, the last with all that saves anything.
+
+    What is saved are products of bits where the search weighs latency, otherwise bits of weights.
+    """
+    largest = bench.space.largest
+    timed = "latency_ms" in problem.needed()
+
+    def policy(values: Assignment) -> QuantPolicy:
+        return quant_policy(bench, bench.space.canonical({**largest, **values}))
+
+    def cost(values: Assignment) -> float:
+        return (bit_operations if timed else weight_bits)(found.graph, policy(values))
+
+    path = trade_off(
+        opened,
+        start={name: largest[name] for name in opened},
+        loss=lambda values: found.divergence(policy(values)),
+        cost=cost,
+    )
+    return spread(path, MIXES)
+
+
+def trade_off(
+    choices: Mapping[str, Sequence[Value]],
+    *,
+    start: Assignment,
+    loss: Callable[[Assignment], float],
+    cost: Callable[[Assignment], float],
+) -> list[Mix]:
+    """The mixes from `start` to the cheapest, each with one choice changed: what loses least per cost saved.
+
+    Each choice is tried by itself, the others at `start`; were losses and costs sums over choices, as they
+    nearly are, no mix of the same cost would lose less, but for those between two neighbours (Shoham and
+    Gersho 1988).
+
+    Args:
+        choices: choice -> values.
+        start: a value of each.
+        loss: of a mix.
+        cost: of a mix.
+    """
+    steps: list[tuple[float, int, str, Value]] = []
+    for name, values in choices.items():
+        tried = {value: {**start, name: value} for value in values}
+        points = {value: (cost(mix), loss(mix)) for value, mix in tried.items()}
+        here = start[name]
+        while cheaper := [value for value in values if points[value][0] < points[here][0]]:
+            slopes = {value: _slope(points[here], points[value]) for value in cheaper}
+            # of values on one line the nearest comes first
+            here = min(cheaper, key=lambda value: (slopes[value], -points[value][0]))
+            steps.append((slopes[here], len(steps), name, here))
+    path = [Mix(dict(start), cost(start))]
+    for _, _, name, value in sorted(steps, key=lambda step: step[:2]):
+        changed = {**path[-1].values, name: value}
+        path.append(Mix(changed, cost(changed)))
+    return path
+
+
+def spread(path: Sequence[Mix], count: int) -> list[Mix]:
+    """At most `count` mixes of `path`, evenly spread over the costs below its first, its last among them."""
+    first, last = path[0].cost, path[-1].cost
+    chosen = []
+    for number in range(1, count + 1):
+        wanted = first + (last - first) * number / count
+        nearest = min(path[1:], key=lambda mix: abs(mix.cost - wanted), default=None)
+        if nearest is not None and nearest not in chosen:
+            chosen.append(nearest)
+    return chosen
+
+
+def sensitivity_facts(bench: Workbench, found: Sensitivity, *, mixes: Sequence[Mix]) -> dict[str, Any]:
+    """What `sensitivity.json` holds."""
+    largest = bench.space.largest
+    return {
+        "arch_key": largest.key,
+        "precisions": list(found.precisions),
+        "layers": found.by_layer(),
+        "mixes": [
+            {
+                "values": dict(mix.values),
+                "cost": mix.cost,
+                "divergence": found.divergence(
+                    quant_policy(bench, bench.space.canonical({**largest, **mix.values}))
+                ),
+            }
+            for mix in mixes
+        ],
+    }
+
+
+def _slope(here: tuple[float, float], there: tuple[float, float]) -> float:
+    return (there[1] - here[1]) / (here[0] - there[0])

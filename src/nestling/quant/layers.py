@@ -1,0 +1,96 @@
+"""The layers of a network that have weights: what each costs, and in how many bits it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nestling.models.graph import Graph, Operator
+from nestling.quant.formats import Code, Format, Minifloat, Ternary
+from nestling.quant.policy import Floats, Precision, QuantPolicy
+from nestling.quant.regions import WEIGHT_AXES
+
+TERNARY_BITS = 1.6
+"""Five of its numbers to a byte."""
+_FLOAT_BITS: Mapping[Floats, float] = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: as in the network, such as `blocks.2.0.conv_pw`.
+        kind: `Conv`, `depthwise Conv`, `grouped Conv`, `Gemm` or `MatMul`.
+        precision: its name.
+        weight_bits: of a weight, without scales.
+        activation_bits: of what the layer reads.
+        macs: multiply-accumulates of one image.
+        params: weights and biases.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    weight_bits: float
+    activation_bits: float
+    macs: int
+    params: int
+
+
+def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
+    """The layers of the float network `graph` with weights, in order, in the precisions of `policy`.
+
+    Uneven adaptive pooling, which is computed as products with constant matrices, counts as such.
+    """
+    found = []
+    for operator in graph.operators:
+        if operator.kind not in WEIGHT_AXES or operator.weight is None:
+            continue
+        precision = policy.precision(operator.layer)
+        weight_bits, activation_bits = bits(precision)
+        found.append(
+            Layer(
+                name=operator.layer,
+                kind=_kind(operator),
+                precision=precision.name,
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                macs=_macs(operator, graph),
+                params=operator.weight.numel() + (0 if operator.bias is None else operator.bias.numel()),
+            )
+        )
+    return tuple(found)
+
+
+def bit_operations(graph: Graph, policy: QuantPolicy) -> float:
+    """The multiply-accumulates of all layers of `graph`, each times the bits of both its factors."""
+    return sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers(graph, policy))
+
+
+def bits(precision: Precision) -> tuple[float, float]:
+    """The bits of a weight, without scales, and those of an activation."""
+    floats = _FLOAT_BITS[precision.floats]
+    weight = floats if precision.weight is None else _code_bits(precision.weight)
+    return weight, floats if precision.activation is None else float(precision.activation.bits)
+
+
+def _code_bits(code: Format | Code) -> float:
+    if isinstance(code, Ternary):
+        return TERNARY_BITS
+    if isinstance(code, Minifloat):
+        return 1.0 + code.exponent + code.mantissa
+    return float(code.bits)
+
+
+def _kind(operator: Operator) -> str:
+    if operator.kind != "Conv" or operator.integer("group") == 1:
+        return operator.kind
+    return "depthwise Conv" if operator.constant().shape[1] == 1 else "grouped Conv"
+
+
+def _macs(operator: Operator, graph: Graph) -> int:
+    weight = operator.constant()
+    summed = weight.shape[-2] if operator.kind == "MatMul" else weight[0].numel()
+    return math.prod(graph.shapes[operator.name]) * summed

@@ -1,0 +1,271 @@
+"""How far a network's answers move where layers are quantized, for every policy at once, from one pass.
+
+To second order the divergence of a quantized network's answers from those in floats is `c' F c / 2`, `c` the
+change of the logits and `F` their Fisher information. HAWQ-V2 (arXiv 1911.03852) and FIT (arXiv 2210.08502)
+estimate it for each layer from the mean curvature and the size of the rounding errors. Here the errors
+themselves are followed, image by image: `F` is `L L'`, so with random signs `v` the gradient of
+`(L v)' logits` in a tensor, times the change of that tensor, is its part of `v' L' c`, whose mean square is
+`c' F c`. Parts add up, so that errors of several layers which cancel or strengthen one another are told.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nestling.models.graph import Graph, Operator
+from nestling.models.operators import compute
+from nestling.quant.calibration import METHODS, WITHOUT_COUNTS, Method, WeightMethod
+from nestling.quant.constants import grouped_range, weight_range
+from nestling.quant.formats import Format
+from nestling.quant.mixed import TYPES
+from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
+from nestling.quant.ranges import Range, activation_range
+from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer, sources_of
+from nestling.quant.statistics import collect
+
+Part = tuple[str, Format | Floats | Precision]
+"""What is rounded, and to what: a tensor, or the weight of an operator, called `<operator>.weight`."""
+
+_CARRYING = {
+    "Relu", "Abs", "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze",
+    "Tile", "Expand", "Concat",
+}  # fmt: skip
+"""Kinds that write no number which they have not read, so that nothing is rounded anew."""
+
+_AT_ONCE = 32
+"""Images whose tensors are held for the way back."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sensitivity:
+    """What every rounding does to the answers of one network.
+
+    Attributes:
+        graph: the float network.
+        precisions: those that were looked at.
+        parts: part -> (draws x images,): how far it alone moves the answers, in the directions drawn.
+    """
+
+    graph: Graph
+    precisions: tuple[str, ...]
+    parts: Mapping[Part, Tensor]
+
+    def divergence(self, policy: QuantPolicy) -> float:
+        """The expected divergence (KL, in nats) of the answers under `policy` from those in floats.
+
+        It holds while errors are small: where they are not, as with 2 bits, it tells the order of layers
+        rather than a size, and lies too high.
+
+        Raises:
+            ValueError: a precision that was not looked at.
+        """
+        strange = {policy.precision(operator.layer).name for operator in self.graph.operators}
+        strange -= {*self.precisions, "fp32"}
+        if strange:
+            raise ValueError(
+                f"the sensitivity to {min(strange)!r} was not measured; only to {', '.join(self.precisions)}"
+            )
+        moved = [self.parts[part] for part in _parts(self.graph, policy) if part in self.parts]
+        return float(torch.stack(moved).sum(0).square().mean()) / 2 if moved else 0.0
+
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """Layer with weights -> precision -> the `divergence` where it alone is quantized, in order."""
+        layers = dict.fromkeys(operator.layer for operator in self.graph.operators if _weighted(operator))
+        return {
+            layer: {name: self.divergence(QuantPolicy(((layer, name),))) for name in self.precisions}
+            for layer in layers
+        }
+
+
+def measure_sensitivity(
+    graph: Graph,
+    precisions: Collection[str],
+    images: Iterable[Tensor],
+    *,
+    method: Method = "minmax",
+    weights: WeightMethod = "minmax",
+    reduce_range: bool = False,
+    draws: int = 1,
+    seed: int = 0,
+) -> Sensitivity:
+    """What rounding to each of `precisions` does to the answers of `graph`, tensor by tensor.
+
+    One pass finds the ranges; a second one, there and back, the sensitivity: each layer is computed once more
+    for every precision, and nothing else is. Weights are rounded to the nearest; the rounding of biases,
+    which have 32 bits, is left out.
+
+    Args:
+        graph: the float network.
+        precisions: names.
+        images: batches (N, 3, R, R) on the device of the graph's weights. The estimate's own error is at most
+            `sqrt(2 / (images x draws))` of it: 9 % with 256.
+        method: see `ranges` of `nestling.quant.observing`.
+        weights: see there.
+        reduce_range: see there.
+        draws: ways back for each image.
+        seed: of the directions that are drawn.
+
+    Raises:
+        KeyError: an unknown precision.
+        ValueError: no images, or tensors that are not finite.
+    """
+    names = tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
+    batches = tuple(part for batch in images for part in batch.split(_AT_ONCE))
+    wanted: dict[Part, None] = {}
+    for name in names:
+        wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
+    tensors = {name for name, to in wanted if isinstance(to, Format)}
+    seen = collect(graph, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
+    ranges = {
+        (name, to): activation_range(*METHODS[method](seen[name], to), to)
+        for name, to in wanted
+        if isinstance(to, Format)
+    }
+    operators = {f"{operator.name}.weight": operator for operator in graph.operators}
+    errors = {
+        (name, to): _error(operators[name], to, weights=weights, reduce_range=reduce_range)
+        for name, to in wanted
+        if isinstance(to, Precision)
+    }
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[Part, list[Tensor]] = defaultdict(list)
+    for batch in batches if wanted else ():
+        for part, moved in _moved(graph, batch, ranges, errors, wanted, draws=draws, generator=generator):
+            found[part].append(moved)
+    return Sensitivity(graph, names, {part: torch.cat(moved) for part, moved in found.items()})
+
+
+def stored_weight(
+    operator: Operator, precision: Precision, *, weights: WeightMethod, reduce_range: bool
+) -> Tensor:
+    """The weight of the layer `operator` as `precision` holds it, in 32-bit floats."""
+    weight, code = operator.constant().detach(), precision.weight
+    axis = WEIGHT_AXES[operator.kind]
+    if code is None:
+        return weight.to(TYPES[precision.floats]).float() if precision.floats != "float32" else weight
+    if not isinstance(code, Format):
+        return code.nearest(weight, axis=axis)
+    if precision.activation is None:
+        return grouped_range(weight, code, axis=axis).nearest(weight) if _grouped(operator) else weight
+    return weight_range(weight, code, axis=axis, weights=weights, reduce_range=reduce_range).nearest(weight)
+
+
+def _grouped(operator: Operator) -> bool:
+    return operator.kind != "MatMul" or operator.constant().ndim == 2
+
+
+def _weighted(operator: Operator) -> bool:
+    return operator.kind in WEIGHT_AXES and operator.weight is not None
+
+
+def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
+    """What `policy` rounds: each tensor once, where it comes to be."""
+    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+    formats = activation_formats(graph, integer, policy)
+    found: dict[Part, None] = {
+        (source, formats[source]): None for source in sources_of(graph, formats).values()
+    }
+    carried: set[Part] = set()
+    for operator in graph.operators:
+        precision = policy.precision(operator.layer)
+        if _weighted(operator) and precision.name != "fp32":
+            found[f"{operator.name}.weight", precision] = None
+        if precision.floats != "float32":
+            if operator.kind in _CARRYING:
+                carried.add((operator.name, precision.floats))
+            written = dict.fromkeys((name, precision.floats) for name in (*operator.inputs, operator.name))
+            found |= {part: None for part in written if part not in carried}
+    return found
+
+
+def _possible_parts(graph: Graph, precision: Precision) -> Iterable[Part]:
+    """What any policy may round to `precision`: also tensors whose numbers come rounded in this one."""
+    policy = QuantPolicy((("", precision.name),))
+    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+    found: dict[Part, None] = dict.fromkeys(activation_formats(graph, integer, policy).items())
+    if precision.floats != "float32":
+        found |= dict.fromkeys((name, precision.floats) for name in graph.shapes)
+    return found | dict.fromkeys(_parts(graph, policy))
+
+
+def _error(
+    operator: Operator, precision: Precision, *, weights: WeightMethod, reduce_range: bool
+) -> Operator:
+    """`operator`, which is linear, with the error of its weight in the weight's place."""
+    stored = stored_weight(operator, precision, weights=weights, reduce_range=reduce_range)
+    return replace(operator, weight=stored - operator.constant().detach(), bias=None)
+
+
+def _moved(
+    graph: Graph,
+    images: Tensor,
+    ranges: Mapping[Part, Range],
+    errors: Mapping[Part, Operator],
+    wanted: Collection[Part],
+    *,
+    draws: int,
+    generator: torch.Generator,
+) -> list[tuple[Part, Tensor]]:
+    """For every part and draw, (images,): the change of the drawn sum of logits when it alone is rounded."""
+    found: list[tuple[Part, Tensor]] = []
+    by_name: dict[str, list[Part]] = defaultdict(list)
+    for part in wanted:
+        by_name[part[0]].append(part)
+    reads = {operator.name: operator.inputs for operator in graph.operators}
+    read_by_weights = {
+        reads[operator.name][0] for operator in graph.operators if f"{operator.name}.weight" in by_name
+    }
+    kept: dict[str, Tensor] = {}
+
+    def watch(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        exact = tensor.detach()
+        changes: list[tuple[Part, Callable[[], Tensor]]] = [
+            (part, partial(_rounding, exact, part[1], ranges.get(part))) for part in by_name[name]
+        ]
+        for part in by_name[f"{name}.weight"]:
+            changes.append((part, partial(compute, errors[part], kept[reads[name][0]])))
+        if name in read_by_weights:
+            kept[name] = exact
+        shape = graph.shapes[name]
+
+        def note(gradient: Tensor) -> None:
+            for part, change in changes:
+                found.append((part, _per_image(gradient * change(), shape, len(images))))
+
+        if changes:
+            tensor.register_hook(note)
+        return tensor
+
+    with torch.enable_grad():
+        leaf = images.detach().clone().requires_grad_()
+        logits = graph.run(leaf, after=watch)
+        chances = logits.detach().softmax(1)
+        roots = chances.sqrt()
+        for draw in range(draws):
+            signs = torch.randint(0, 2, chances.shape, generator=generator).to(chances).mul_(2).sub_(1)
+            direction = roots * signs - chances * (roots * signs).sum(1, keepdim=True)
+            # the images' own gradient is what all others are on the way to
+            torch.autograd.grad((logits * direction).sum(), leaf, retain_graph=draw < draws - 1)
+    return found
+
+
+def _rounding(tensor: Tensor, to: Format | Floats | Precision, range: Range | None) -> Tensor:
+    """What rounding to `to`, with `range` where those are integers, adds to `tensor`."""
+    if range is not None:
+        return range.nearest(tensor) - tensor
+    assert isinstance(to, str)
+    return tensor.to(TYPES[to]).to(tensor.dtype) - tensor
+
+
+def _per_image(numbers: Tensor, shape: tuple[int, ...], images: int) -> Tensor:
+    """(images,): the sums over each image of a tensor that has `shape` for a single one."""
+    axis = next((axis for axis, size in enumerate(shape) if size != numbers.shape[axis]), 0)
+    return numbers.movedim(axis, 0).reshape(images, -1).sum(1).double().cpu()

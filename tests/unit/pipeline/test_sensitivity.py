@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nestling.config import load_config
+from nestling.pipeline import sensitivity
+from nestling.pipeline.sensitivity import SENSITIVITY, Mix, seeds, spread, trade_off
+from nestling.pipeline.stages import problem
+from nestling.pipeline.workbench import Workbench
+from nestling.quant.sensitivity import Sensitivity
+from nestling.run import Run
+from nestling.space import Value
+
+TESTS = Path(__file__).parents[2]
+LOSS: Mapping[str, Mapping[Value, float]] = {
+    "a": {"w2": 9.0, "w4": 1.0, "fp": 0.0},
+    "b": {"w2": 0.3, "w4": 0.2, "fp": 0.0},
+    "c": {"w2": 0.5, "w4": 3.0, "fp": 0.0},
+}
+COST: Mapping[str, Mapping[Value, float]] = {
+    name: {"w2": 2.0 * size, "w4": 4.0 * size, "fp": 32.0 * size}
+    for name, size in zip("abc", (1, 2, 3), strict=True)
+}
+CHOICES = {name: tuple(values) for name, values in LOSS.items()}
+DEAREST: Mapping[str, Value] = dict.fromkeys(CHOICES, "fp")
+
+
+def loss(values: Mapping[str, Value]) -> float:
+    return sum(LOSS[name][value] for name, value in values.items())
+
+
+def cost(values: Mapping[str, Value]) -> float:
+    return sum(COST[name][value] for name, value in values.items())
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    """A run of the toy, its supernet untrained, that asks for sensitivity."""
+    config = load_config(TESTS / "toy.toml", overrides=["search.sensitivity=true"])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["supernet"] = bench.new_supernet().eval()
+    vars(bench)["device"] = SimpleNamespace(fingerprint=SimpleNamespace(int8_saturates=False))
+    return bench
+
+
+def test_no_mix_that_costs_as_much_loses_less_than_one_on_the_path() -> None:
+    path = trade_off(CHOICES, start=DEAREST, loss=loss, cost=cost)
+    every = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+    for mix in path:
+        assert mix.cost == cost(mix.values)
+        assert loss(mix.values) == min(loss(other) for other in every if cost(other) <= mix.cost)
+    assert dict(path[0].values) == DEAREST
+    assert path[-1].cost == min(map(cost, every))
+    assert len({mix.cost for mix in path}) == len(path)
+
+
+def test_a_value_that_loses_more_and_saves_less_than_another_is_passed_over() -> None:
+    path = trade_off(CHOICES, start=DEAREST, loss=loss, cost=cost)
+    assert all(mix.values["c"] != "w4" for mix in path)
+    assert [mix.values["a"] for mix in path][-2:] == ["w4", "w2"]
+
+
+def test_mixes_are_spread_over_the_costs_and_end_with_the_cheapest() -> None:
+    path = [Mix({"a": index}, 100.0 - index) for index in (0, 1, 2, 30, 52, 70, 90)]
+    assert [mix.cost for mix in spread(path, 3)] == [70.0, 48.0, 10.0]
+    assert spread(path, 1) == path[-1:]
+    assert spread(path[:1], 3) == []
+    assert spread(path[:2], 3) == path[1:2]
+
+
+def test_seeds_are_the_largest_networks_in_mixes_that_end_with_all_quantized(bench: Workbench) -> None:
+    found = seeds(bench, problem(bench))
+    space = bench.space
+    largest = space.largest
+    quantized = {c.name: "w8a8" for c in space.open_choices if c.name.endswith(".precision")}
+    assert space.canonical({**largest, **quantized}) in found
+    assert len(set(found)) == len(found) > 1
+    changed = {name for arch in found for name in arch if arch[name] != largest[name]}
+    assert changed == set(quantized)
+    facts = bench.run.read_json(SENSITIVITY)
+    assert facts is not None
+    assert facts["arch_key"] == largest.key
+    assert {name.split(".")[0] for name in facts["layers"]} >= {"conv_stem", "blocks", "classifier"}
+    assert all(told["w8a8"] > 0 for told in facts["layers"].values())
+    costs = [mix["cost"] for mix in facts["mixes"]]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_a_search_that_goes_on_gets_the_same_seeds_without_measuring_again(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seeds(bench, problem(bench))
+    monkeypatch.delattr(sensitivity, "measure_sensitivity")
+    assert seeds(bench, problem(bench)) == found
+
+
+def test_a_search_that_does_not_ask_has_no_seeds(tmp_path: Path) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    assert seeds(bench, problem(bench)) == []
+    assert not (bench.run.folder / SENSITIVITY).exists()
+
+
+def test_what_is_measured_is_the_largest_network_on_the_calibration_images(bench: Workbench) -> None:
+    largest = bench.space.largest
+    found = sensitivity.largest_sensitivity(bench)
+    assert isinstance(found, Sensitivity)
+    resolution = bench.resolution(largest)
+    assert found.graph.resolution == resolution
+    assert found.precisions == ("w8a8",)
+    count = sum(len(batch) for batch in bench.calibration_images(resolution))
+    assert all(len(moved) == sensitivity.DRAWS * count for moved in found.parts.values())

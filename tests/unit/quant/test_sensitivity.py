@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestling.models.graph import Graph
+from nestling.quant import PRECISIONS, QuantPolicy, Recipe, quantize, simulate
+from nestling.quant.fake import rounded
+from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.sensitivity import Sensitivity, measure_sensitivity, stored_weight
+
+MEASURED = ("w8a8", "w4a8", "w4", "bf16")
+MIXED = QuantPolicy((("", "w8a8"), ("a", "w4a8"), ("wide", "w4"), ("b.conv1", "fp32"), ("head", "bf16")))
+
+
+@pytest.fixture(scope="module")
+def sensitivity(graph: Graph, images: Tensor) -> Sensitivity:
+    return measure_sensitivity(graph, MEASURED, [images[:40], images[40:]], draws=8)
+
+
+@pytest.fixture(scope="module")
+def brute_force(graph: Graph, images: Tensor) -> Callable[[QuantPolicy], float]:
+    """The divergence of a policy by quantizing and running it."""
+
+    def divergence(policy: QuantPolicy) -> float:
+        quantized = quantize(graph, policy, [images])
+        with torch.no_grad():
+            wanted = graph.run(images).double().log_softmax(1)
+            got = simulate(quantized.graph, quantized.ranges).run(images).double().log_softmax(1)
+        return float((wanted.exp() * (wanted - got)).sum(1).mean())
+
+    return divergence
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4"])
+def test_one_pass_tells_the_divergence_that_quantizing_each_layer_alone_gives(
+    sensitivity: Sensitivity, brute_force: Callable[[QuantPolicy], float], precision: str
+) -> None:
+    layers = sensitivity.by_layer()
+    assert next(iter(layers)) == "stem"
+    assert list(layers)[-1] == "classifier"
+    told = torch.tensor([found[precision] for found in layers.values()])
+    true = torch.tensor([brute_force(QuantPolicy(((layer, precision),))) for layer in layers])
+    assert told == pytest.approx(true, rel=0.5)
+    ranks = torch.stack([told.argsort().argsort(), true.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.9
+
+
+def test_a_number_that_is_only_carried_on_is_rounded_to_16_bits_once(
+    sensitivity: Sensitivity, brute_force: Callable[[QuantPolicy], float]
+) -> None:
+    policy = QuantPolicy((("", "bf16"),))
+    assert sensitivity.divergence(policy) == pytest.approx(brute_force(policy), rel=0.4)
+
+
+def test_one_pass_tells_the_divergence_of_policies_that_mix_precisions(
+    sensitivity: Sensitivity, brute_force: Callable[[QuantPolicy], float]
+) -> None:
+    for policy in (MIXED, QuantPolicy((("", "w8a8"),)), QuantPolicy((("a", "w8a8"), ("b", "w8a8")))):
+        assert sensitivity.divergence(policy) == pytest.approx(brute_force(policy), rel=0.4)
+    assert sensitivity.divergence(QuantPolicy()) == 0.0
+
+
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if name not in ("fp32", "fp16", "bf16")])
+def test_the_weight_that_is_looked_at_is_the_one_that_is_simulated(
+    graph: Graph, images: Tensor, name: str
+) -> None:
+    policy = QuantPolicy((("", name),))
+    recipe = Recipe(weights="mse")
+    quantized = quantize(graph, policy, [images[:4]], recipe=recipe, reduce_range=True)
+    simulated = {o.name: rounded(o, quantized.ranges) for o in quantized.graph.operators}
+    for operator in graph.operators:
+        if operator.kind in WEIGHT_AXES and operator.weight is not None:
+            weight = stored_weight(operator, PRECISIONS[name], weights="mse", reduce_range=True)
+            assert torch.allclose(weight, simulated[operator.name].constant(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_same_images_in_other_batches_and_draws_tell_nearly_the_same(
+    graph: Graph, images: Tensor
+) -> None:
+    one = measure_sensitivity(graph, ["w8a8"], [images], draws=4)
+    other = measure_sensitivity(graph, ["w8a8"], images.split(20), draws=4, seed=1)
+    policy = QuantPolicy((("", "w8a8"),))
+    assert one.divergence(policy) == pytest.approx(other.divergence(policy), rel=0.3)
+    assert all(len(moved) == 4 * len(images) for moved in other.parts.values())
+
+
+def test_a_precision_that_was_not_looked_at_is_refused(sensitivity: Sensitivity) -> None:
+    with pytest.raises(ValueError, match="the sensitivity to 'fp8' was not measured; only to w8a8, w4a8"):
+        sensitivity.divergence(QuantPolicy((("stem", "fp8"),)))
+
+
+def test_weights_keep_no_gradients(graph: Graph, images: Tensor, sensitivity: Sensitivity) -> None:
+    assert sensitivity.parts
+    assert all(o.weight.grad is None for o in graph.operators if o.weight is not None)
+    assert images.grad is None
