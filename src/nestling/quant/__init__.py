@@ -5,7 +5,7 @@ from nestling.quant.formats import Format
 from nestling.quant.mixed import halve
 from nestling.quant.observing import observe
 from nestling.quant.placing import place
-from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy
+from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy, covers, most_exact
 from nestling.quant.qdq import insert_qdq
 from nestling.quant.quantizing import Quantized, Recipe, quantize
 from nestling.quant.ranges import Range
@@ -20,8 +20,10 @@ __all__ = [
     "Range",
     "Recipe",
     "Simulation",
+    "covers",
     "halve",
     "insert_qdq",
+    "most_exact",
     "observe",
     "place",
     "quantize",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -98,12 +98,44 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 """Every precision by its name."""
 
 
+def covers(prefix: str, layer: str) -> bool:
+    """Whether the layer of a dotted name begins with `prefix`.
+
+    It does by whole steps: `blocks.1` covers `blocks.1.0.conv`, not `blocks.10`; the empty prefix covers
+    everything. A step may be `*`, any name, or several names such as `q|k|v`: `blocks.*.attn.q|k|v`.
+    """
+    if not prefix:
+        return True
+    steps, names = prefix.split("."), layer.split(".")
+    return len(steps) <= len(names) and all(
+        step in ("*", name) or name in step.split("|") for step, name in zip(steps, names, strict=False)
+    )
+
+
+def most_exact(prefixes: Collection[str], layer: str) -> str | None:
+    """The one of `prefixes` that decides about `layer`; None where none covers it.
+
+    The one of most steps does, and of several the one that names more of them: a name is more exact than
+    several names, and those than `*`; an earlier step counts before a later one.
+
+    Raises:
+        ValueError: two prefixes are as exact, such as `a|b` and `b|c` for `b`.
+    """
+    matching = sorted((prefix for prefix in prefixes if covers(prefix, layer)), key=_exactness)
+    if len(matching) > 1 and _exactness(matching[-2]) == _exactness(matching[-1]):
+        raise ValueError(f"{matching[-2]!r} and {matching[-1]!r} are rules as exact for the layer {layer!r}")
+    return matching[-1] if matching else None
+
+
+def _exactness(prefix: str) -> tuple[int, tuple[int, ...]]:
+    steps = prefix.split(".") if prefix else []
+    return len(steps), tuple(0 if step == "*" else 1 if "|" in step else 2 for step in steps)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantPolicy:
-    """A precision for every layer: the rule with the longest matching prefix wins; without one it is `fp32`.
-
-    A prefix matches whole steps of a dotted name: `blocks.1` covers `blocks.1.0.conv`, not `blocks.10`; the
-    empty prefix covers everything.
+    """A precision for every layer: the rule with the most exact matching prefix wins (see `covers` and
+    `most_exact`); without one it is `fp32`.
 
     Attributes:
         rules: pairs of a layer-name prefix and the name of a precision, in any order.
@@ -113,6 +145,7 @@ class QuantPolicy:
     """
 
     rules: tuple[tuple[str, str], ...] = ()
+    _known: dict[str, Precision] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for prefix, name in self.rules:
@@ -126,9 +159,16 @@ class QuantPolicy:
             raise ValueError(f"policy has two rules for {twice[0]!r}; keep one")
 
     def precision(self, layer: str) -> Precision:
-        """The precision of the layer with this dotted name."""
-        matching = [rule for rule in self.rules if not rule[0] or f"{layer}.".startswith(f"{rule[0]}.")]
-        return PRECISIONS[max(matching, key=lambda rule: len(rule[0]))[1] if matching else "fp32"]
+        """The precision of the layer with this dotted name.
+
+        Raises:
+            ValueError: see `most_exact`.
+        """
+        if layer not in self._known:  # a rule for each layer of a deep network: they are many to look through
+            names = dict(self.rules)
+            prefix = most_exact(names, layer)
+            self._known[layer] = PRECISIONS["fp32" if prefix is None else names[prefix]]
+        return self._known[layer]
 
     @property
     def simulated(self) -> tuple[str, ...]:

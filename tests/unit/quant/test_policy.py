@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nestling.quant import PRECISIONS, Format, QuantPolicy
+from nestling.quant import PRECISIONS, Format, QuantPolicy, covers, most_exact
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,34 @@ def test_a_format_has_the_limits_of_its_integer_type() -> None:
         assert isinstance(format, Format)
         assert format.dtype == dtype
         assert (format.low, format.high) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layer", "covered"),
+    [
+        ("blocks.*.conv", "blocks.1.conv", True),
+        ("blocks.*.conv", "blocks.1.conv.inner", True),
+        ("blocks.*.conv", "blocks.conv", False),
+        ("blocks.*.conv", "blocks.1.conv2", False),
+        ("*.attn.q|k|v", "0.attn.k", True),
+        ("*.attn.q|k|v", "0.attn.qk", False),
+        ("blocks.1", "blocks", False),
+    ],
+)
+def test_a_step_of_a_prefix_may_be_any_name_or_one_of_several(prefix: str, layer: str, covered: bool) -> None:
+    assert covers(prefix, layer) is covered
+
+
+def test_more_steps_decide_and_then_the_name_before_the_names_before_any() -> None:
+    ranked = ["", "a", "*.*", "*.b|c", "*.b", "a.*", "a.b|c", "a.b", "*.*.d"]
+    for count in range(1, len(ranked) + 1):
+        for order in (ranked[:count], ranked[:count][::-1]):
+            assert most_exact(order, "a.b.d") == ranked[count - 1]
+    assert most_exact(["x", "a.c"], "a.b.d") is None
+
+
+def test_rules_as_exact_as_each_other_are_refused() -> None:
+    policy = QuantPolicy((("a.b|c", "w8a8"), ("a.c|d", "fp32")))
+    assert policy.precision("a.b").name == "w8a8"
+    with pytest.raises(ValueError, match=r"as exact for the layer 'a\.c'"):
+        policy.precision("a.c")
