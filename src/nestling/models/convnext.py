@@ -30,7 +30,7 @@ from timm.layers.norm import LayerNorm, LayerNorm2d
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
-from nestling.models.stages import Columns, decider, depth_of, stages_of, width_of
+from nestling.models.stages import Columns, decider, depth_of, layer_prefixes, stages_of, width_of
 from nestling.space import Arch
 
 COLUMNS = Columns(
@@ -42,6 +42,10 @@ COLUMNS = Columns(
         "stem.stride", "stem.precision", "head.precision",
     ),
 )  # fmt: skip
+ENDS = {
+    "stem": ("stem",),
+    "head": ("norm_pre", "head"),
+}
 _IMPORTS = """\
 from fractions import Fraction
 from typing import Any
@@ -95,14 +99,15 @@ def plan(arch: Arch) -> dict[str, Any]:
     }
 
 
-def layers(stage: str) -> tuple[str, ...]:
-    """The prefixes of the names of the layers of `stem`, `head`, the stage `s2` or its block `s2.b1`."""
-    if stage == "stem":
-        return ("stem",)
-    if stage == "head":
-        return ("norm_pre", "head")
-    number, *block = [int(part[1:]) - 1 for part in stage.split(".")]
-    return (".".join(["stages", str(number), *(f"blocks.{index}" for index in block)]),)
+def layers(place: str) -> tuple[str, ...]:
+    """The prefixes of the names of the layers of `stem`, `head`, a stage (`s2`), a block (`s2.b1`) or a part.
+
+    Raises:
+        ValueError: no such place, see `nestling.models.stages.layer_prefixes`.
+    """
+    return layer_prefixes(
+        place, ends=ENDS, blocks=lambda stage: f"stages.{stage - 1}.blocks", beside="downsample"
+    )
 
 
 def rebuild(arch: Arch) -> str:

@@ -25,7 +25,9 @@ class Family:
 
     Attributes:
         build: the plain network of an arch.
-        layers: for a stage (`stem`, `s1`, `head`), the prefixes of its layers' names in that network.
+        layers: for what stands before `.precision` in a choice's name (a stage such as `stem`, `s1`, `head`,
+            a block, a layer), the prefixes of its layers' names in that network; `nestling.quant.covers`
+            tells what a prefix may be.
         rebuild: Python source that defines `network`, the arch's network, without Nestling.
         layout: how the axes of its networks' tensors are made of parts.
         pretrained: the largest network with the weights that the arch's `pretrained` names; None where the

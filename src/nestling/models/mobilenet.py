@@ -44,7 +44,15 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import nn
 
-from nestling.models.stages import Columns, checked_width, decider, depth_of, stages_of, width_of
+from nestling.models.stages import (
+    Columns,
+    checked_width,
+    decider,
+    depth_of,
+    layer_prefixes,
+    stages_of,
+    width_of,
+)
 from nestling.space import Arch, Value
 
 COLUMNS = Columns(
@@ -58,6 +66,10 @@ COLUMNS = Columns(
         "head.kind", "head.width", "head.precision", "se.gate", "se.act", "se.divisor",
     ),
 )  # fmt: skip
+ENDS = {
+    "stem": ("conv_stem", "bn1"),
+    "head": ("conv_head", "norm_head", "bn2", "act2", "global_pool", "flatten", "classifier"),
+}
 HEADS = {"mobilenetv3": MobileNetV3, "efficientnet": EfficientNet}
 BLOCKS = {"mbconv": "ir", "ds": "ds", "conv": "cn"}
 DEFAULTS: dict[str, Value] = {"kernel": 3, "expand": 4, "groups": 1, "se": 0.0}
@@ -117,14 +129,13 @@ def timm_arguments(arch: Arch) -> tuple[str, dict[str, Any], int]:
     return kind, arguments, int(arch.get("stem.stride", 2))
 
 
-def layers(stage: str) -> tuple[str, ...]:
-    """The prefixes of the names of the layers of `stem`, `head`, the stage `s2` or its block `s2.b1`."""
-    if stage == "stem":
-        return ("conv_stem", "bn1")
-    if stage == "head":
-        return ("conv_head", "norm_head", "bn2", "act2", "global_pool", "flatten", "classifier")
-    numbers = [int(part[1:]) - 1 for part in stage.split(".")]
-    return (".".join(["blocks", *map(str, numbers)]),)
+def layers(place: str) -> tuple[str, ...]:
+    """The prefixes of the names of the layers of `stem`, `head`, a stage (`s2`), a block (`s2.b1`) or a part.
+
+    Raises:
+        ValueError: no such place, see `nestling.models.stages.layer_prefixes`.
+    """
+    return layer_prefixes(place, ends=ENDS, blocks=lambda stage: f"blocks.{stage - 1}")
 
 
 def rebuild(arch: Arch) -> str:

@@ -47,7 +47,7 @@ from timm.models.convmixer import Residual
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_avg, downsample_conv
 from torch import nn
 
-from nestling.models.stages import Columns, decider, depth_of, stages_of, width_of
+from nestling.models.stages import Columns, decider, depth_of, layer_prefixes, stages_of, width_of
 from nestling.space import Arch, Value
 
 COLUMNS = Columns(
@@ -59,6 +59,10 @@ COLUMNS = Columns(
         "stem.kind", "stem.width", "stem.middle", "stem.depth", "stem.stride", "stem.pool", "stem.precision",
     ),
 )  # fmt: skip
+ENDS = {
+    "stem": ("conv1", "bn1", "act1", "maxpool"),
+    "head": ("global_pool", "fc"),
+}
 BLOCKS = ("bottleneck", "basic")
 STEMS = ("7x7", "3x3", "deep", "residual")
 MOST_STAGES = 4
@@ -106,14 +110,13 @@ def plan(arch: Arch) -> dict[str, Any]:
     }
 
 
-def layers(stage: str) -> tuple[str, ...]:
-    """The prefixes of the names of the layers of `stem`, `head`, the stage `s2` or its block `s2.b1`."""
-    if stage == "stem":
-        return ("conv1", "bn1", "act1", "maxpool")
-    if stage == "head":
-        return ("global_pool", "fc")
-    number, *block = stage.split(".")
-    return (".".join([f"layer{number[1:]}", *(str(int(part[1:]) - 1) for part in block)]),)
+def layers(place: str) -> tuple[str, ...]:
+    """The prefixes of the names of the layers of `stem`, `head`, a stage (`s2`), a block (`s2.b1`) or a part.
+
+    Raises:
+        ValueError: no such place, see `nestling.models.stages.layer_prefixes`.
+    """
+    return layer_prefixes(place, ends=ENDS, blocks=lambda stage: f"layer{stage}")
 
 
 def rebuild(arch: Arch) -> str:

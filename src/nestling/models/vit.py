@@ -32,7 +32,7 @@ from timm.layers.create_act import get_act_layer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from nestling.models.stages import Columns, decider, stages_of
+from nestling.models.stages import Columns, decider, layer_prefixes, stages_of
 from nestling.space import Arch, Value
 
 COLUMNS = Columns(
@@ -44,6 +44,10 @@ COLUMNS = Columns(
         "qkv_bias", "act", "stem.precision", "head.precision",
     ),
 )  # fmt: skip
+ENDS = {
+    "stem": ("patch_embed", "pos_drop", "patch_drop", "norm_pre"),
+    "head": ("norm", "fc_norm", "head_drop", "head"),
+}
 POOLS = ("token", "avg")
 
 
@@ -131,14 +135,13 @@ def timm_arguments(arch: Arch) -> VitArguments:
     )
 
 
-def layers(stage: str) -> tuple[str, ...]:
-    """The prefixes of the names of the layers of `stem`, `head`, all blocks (`s1`) or a block (`s1.b2`)."""
-    if stage == "stem":
-        return ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
-    if stage == "head":
-        return ("norm", "fc_norm", "head_drop", "head")
-    _, *block = stage.split(".")
-    return (".".join(["blocks", *(str(int(number[1:]) - 1) for number in block)]),)
+def layers(place: str) -> tuple[str, ...]:
+    """The prefixes of the names of the layers of `stem`, `head`, a stage (`s2`), a block (`s2.b1`) or a part.
+
+    Raises:
+        ValueError: no such place, see `nestling.models.stages.layer_prefixes`.
+    """
+    return layer_prefixes(place, ends=ENDS, blocks=lambda _: "blocks")
 
 
 def rebuild(arch: Arch) -> str:

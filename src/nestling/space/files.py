@@ -12,8 +12,9 @@ width = [8, 16]
 
 A value that is not a list is a constant. A column of row 1 is the choice `s1.width`; one that `per_block`
 lists is decided block by block, as `s1.b2.kernel`, which counts only where the stage is that deep. Every
-other key is a choice of its own, `stem.width`. A space that did not come from rows is written as a list of
-`choices`.
+other key is a choice of its own, `stem.width`. Columns may have dots too: `conv_dw.precision` is the choice
+`s1.conv_dw.precision`, or `s1.b2.conv_dw.precision`. A space that did not come from rows is written as a list
+of `choices`.
 """
 
 from __future__ import annotations
@@ -112,7 +113,12 @@ def _globals(name: str, value: Any) -> list[Choice]:
 
 def _stage(stage: str, row: Mapping[str, Any]) -> list[Choice]:
     per_block = row.get("per_block", [])
-    columns = {column: _values(f"{stage}.{column}", v) for column, v in row.items() if column != "per_block"}
+    columns = {
+        choice.name.removeprefix(f"{stage}."): choice.values
+        for column, value in row.items()
+        if column != "per_block"
+        for choice in _globals(f"{stage}.{column}", value)
+    }
     known = isinstance(per_block, list) and all(isinstance(c, str) and c in columns for c in per_block)
     if not known or len(set(per_block)) < len(per_block):
         raise SpaceError(

@@ -57,6 +57,21 @@ def test_a_row_is_a_stage_and_a_column_a_choice(tmp_path: Path) -> None:
     )
 
 
+def test_a_column_with_dots_is_the_choice_of_layers_within_a_stage_or_a_block(tmp_path: Path) -> None:
+    row = 'depth = [1, 2], conv.precision = ["w8a8", "fp32"], "fc.precision" = ["w8", "fp32"]'
+    text = f'family = "a"\nstages = [ {{ {row}, per_block = ["fc.precision"] }} ]'
+    space = load(tmp_path, text)
+    assert [choice.name for choice in space.choices] == [
+        "s1.depth",
+        "s1.conv.precision",
+        "s1.b1.fc.precision",
+        "s1.b2.fc.precision",
+    ]
+    assert space.by_name["s1.b2.fc.precision"] == Choice(
+        "s1.b2.fc.precision", ("w8", "fp32"), (Need("s1.depth", 2),)
+    )
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 numbers = st.one_of(
     st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False), st.just(math.inf)
