@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -237,6 +237,18 @@ class QuantConfig(Part):
     """How weights are rounded: `moments` is after GPTQ and takes seconds, `gradients` AdaRound: minutes."""
     correct_biases: bool = False
     """Whether the mean error of each layer is taken off its bias last (arXiv 1906.04721)."""
+    shared: tuple[Literal["Add", "Concat"], ...] = ()
+    """Kinds of operators that read and write numbers of one scale, for targets that add integers as they are:
+    with `Add`, all sums along a residual stream."""
+    keep: dict[str, str] = {}
+    """Layer -> precision, whatever the space's choices say. A layer is `first` (those that read the images),
+    `last` (those that give the logits) or the beginning of its name; a list of layers keeps them `fp32`."""
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _in_floats(cls, given: Any) -> Any:
+        listed = isinstance(given, list | tuple) and all(isinstance(layer, str) for layer in given)
+        return dict.fromkeys(given, "fp32") if listed else given
 
 
 class ProfileConfig(Part):

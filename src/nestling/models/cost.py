@@ -42,7 +42,7 @@ def cost(network: nn.Module, resolution: int) -> Cost:
     Its floats count as 32-bit ones, whatever they are.
     """
     training = network.training
-    meta = _on_meta(network)
+    meta = on_meta(network)
     network.eval()
     try:
         with torch.no_grad():
@@ -55,7 +55,7 @@ def cost(network: nn.Module, resolution: int) -> Cost:
     return Cost(recorder.macs, params, recorder.activation_bytes, recorder.peak_bytes(logits))
 
 
-def _on_meta(network: nn.Module) -> dict[str, Tensor]:
+def on_meta(network: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of `network` without numbers.
 
     Those of a layer that has two names are given once: `functional_call` would put its own back in place of

@@ -131,7 +131,7 @@ def _check_choices(space: SearchSpace, build: Build, smallest: Look, *, resoluti
     """Checks each open choice in the smallest arch in which it counts."""
     bases = {smallest.arch: smallest}
     for choice in space.open_choices:
-        arch = _smallest_with(space, choice)
+        arch = smallest_with(space, choice)
         if _rules(choice):
             if arch not in bases:
                 bases[arch] = _look_or_blame(space, build, arch)
@@ -192,7 +192,7 @@ def _remedy(
     return "; make it constant, or let the family's `build` read it"
 
 
-def _smallest_with(space: SearchSpace, choice: Choice) -> Arch:
+def smallest_with(space: SearchSpace, choice: Choice) -> Arch:
     """The smallest arch in which `choice` counts.
 
     Raises:

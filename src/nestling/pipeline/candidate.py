@@ -14,6 +14,7 @@ from nestling.data import EvalImages
 from nestling.export import ExportMismatch, verify
 from nestling.models.cost import Cost, cost
 from nestling.models.graph import Graph, trace
+from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import simulated_logits, write_file
 from nestling.profile import Device, DeviceError, Measurement
@@ -94,17 +95,6 @@ class Candidate:
         return math.ceil(weight_bits(self.graph, self.policy) / 8)
 
 
-def quant_policy(bench: Workbench, arch: Arch) -> QuantPolicy:
-    """Which layers compute in which precision, read off the arch's `*.precision` choices."""
-    rules = [
-        (prefix, str(value))
-        for name, value in arch.items()
-        if name.endswith(".precision")
-        for prefix in bench.family.layers(name.removesuffix(".precision"))
-    ]
-    return QuantPolicy(tuple(rules))
-
-
 def write_candidate(
     bench: Workbench, arch: Arch, path: Path, *, network: nn.Module | None = None
 ) -> Candidate:
@@ -123,12 +113,12 @@ def write_candidate(
     try:
         image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
         graph = trace(network, resolution=resolution, image=image)
-        policy = quant_policy(bench, arch)
+        policy = quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep)
         quantized = quantize(
             graph,
             policy,
             tuple(bench.calibration_images(resolution)),
-            recipe=Recipe(**bench.config.quant.model_dump()),
+            recipe=Recipe(**bench.config.quant.model_dump(exclude={"keep"})),
             reduce_range=bench.device.fingerprint.int8_saturates,
         )
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from nestling.pipeline.candidate import (
     write_candidate,
 )
 from nestling.pipeline.islands import float_islands
+from nestling.pipeline.policies import is_precision
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import Quantized, QuantPolicy
 from nestling.quant.layers import layers
@@ -163,9 +164,10 @@ def hand_over(
         "precisions": {
             key.removesuffix(".precision"): str(value)
             for key, value in arch.items()
-            if key.endswith(".precision")
+            if is_precision(key) and not bench.space.is_idle(bench.space.by_name[key], arch)
         },
         "layers": [asdict(layer) for layer in layers(candidate.graph, candidate.policy)],
+        "policy": dict(candidate.policy.rules),
         **(more or {}),
     }
     write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())

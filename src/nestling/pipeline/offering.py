@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from nestling.config import ConfigError
 from nestling.models.building import build_shapes
+from nestling.models.graph import trace
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.policies import is_precision, kept_choices
 from nestling.pipeline.precisions import probe, usable
 from nestling.pipeline.probes import WEIGHTED, kind_of
 from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
-from nestling.quant import PRECISIONS
+from nestling.quant import PRECISIONS, covers
 from nestling.space import SearchSpace
 
 
@@ -21,28 +24,42 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     """Settles once which precisions the run's device can use; from then on its space has no others.
 
     The device runs a tiny network of each kind of layer in each precision. A value that it cannot use is
-    dropped, and the listener told.
+    dropped, and the listener told. A choice of which `quant.keep` keeps every layer decides nothing: it gets
+    the precision that these are kept in.
 
     Raises:
-        ConfigError: a choice of which no precision is left, or an unknown precision.
+        ConfigError: a choice of which no precision is left, an unknown precision, or kept layers that there
+            are not or whose precision the device cannot use.
         DeviceError: the device cannot be had.
     """
     if bench.run.space_file.exists():
         return  # settled when the run began
     space = bench.given_space
-    asked = {choice.name: choice.values for choice in space.choices if choice.name.endswith(".precision")}
-    names = list(dict.fromkeys(str(value) for values in asked.values() for value in values))
+    keep = bench.config.quant.keep
+    asked = {choice.name: choice.values for choice in space.choices if is_precision(choice.name)}
+    kept_to = _kept(bench, space, list(asked)) if keep else {}
+    asked = {name: values for name, values in asked.items() if name not in kept_to}
+    named = (*asked.values(), tuple(keep.values()))
+    names = list(dict.fromkeys(str(value) for values in named for value in values))
     unknown = [name for name in names if name not in PRECISIONS]
     if unknown:
         raise ConfigError(f"unknown precision {unknown[0]!r}; known: {', '.join(PRECISIONS)}")
     if all(name == "fp32" for name in names):
+        if kept_to:
+            bench.run.write_json(OFFERED, {"kept": kept_to})
         return
     kinds = layer_kinds(bench, space, list(asked))
-    needed = [kind for kind in WEIGHTED if any(kind in found for found in kinds.values())]
+    needed = [kind for kind in WEIGHTED if keep or any(kind in found for found in kinds.values())]
     store = MeasurementStore(bench.run.folder / "measurements.db")
     findings = probe(bench.device, names, kinds=needed, store=store)
     config = bench.config.search
     timed = "latency_ms" in (*config.objectives, *config.limits)
+    for layer, precision in keep.items():
+        _, gone = usable([precision], findings, kinds=WEIGHTED, research=not timed)
+        if gone:
+            raise ConfigError(
+                f"quant.keep: {bench.device.name} cannot use {precision!r} for {layer!r}: {gone[precision]}"
+            )
     offered: dict[str, list[str]] = {}
     dropped: dict[str, dict[str, str]] = {}
     for name, values in asked.items():
@@ -54,7 +71,12 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
             )
         if gone:
             offered[name], dropped[name] = list(kept), gone
-    facts: dict[str, Any] = {"device": str(bench.device.fingerprint), "offered": offered, "dropped": dropped}
+    facts: dict[str, Any] = {
+        "device": str(bench.device.fingerprint),
+        "offered": offered,
+        "dropped": dropped,
+        "kept": kept_to,
+    }
     bench.run.write_json(OFFERED, facts)
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, gone in dropped.items():
@@ -80,9 +102,20 @@ def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dic
     for choice in choices:
         prefixes = bench.family.layers(choice.removesuffix(".precision"))
         governed = {
-            kind
-            for layer, kind in kinds.items()
-            if any(not prefix or f"{layer}.".startswith(f"{prefix}.") for prefix in prefixes)
+            kind for layer, kind in kinds.items() if any(covers(prefix, layer) for prefix in prefixes)
         }
         found[choice] = frozenset(governed or WEIGHTED)
     return found
+
+
+def _kept(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, str]:
+    """Those of `choices` of which the configuration keeps every layer -> the precision of these.
+
+    Raises:
+        ConfigError: kept layers that there are not, or an unknown precision.
+        ValueError: the largest network cannot be traced.
+    """
+    largest = bench.fitted(space).largest
+    with torch.random.fork_rng(devices=[]):
+        graph = trace(bench.family.build(largest).eval(), resolution=bench.resolution(largest))
+    return kept_choices(bench.family, choices, graph, keep=bench.config.quant.keep)

@@ -20,13 +20,13 @@ from nestling.pipeline.candidate import (
     candidate_metrics,
     latency_metrics,
     measure,
-    quant_policy,
     score,
     write_candidate,
 )
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
+from nestling.pipeline.policies import chosen_policy
 from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
@@ -117,7 +117,7 @@ def _refuse_early(bench: Workbench) -> None:
     _ = bench.strategy, bench.teachers  # subnets that are not of the space, teachers that cannot be had
     _refuse_small_images(bench)
     for arch in (space.smallest, space.largest):
-        quant_policy(bench, arch)
+        chosen_policy(bench.family, arch)
     smallest = cost(build_shapes(bench.family.build, space.smallest), bench.resolution(space.smallest))
     check_limits(found, smallest={"mmacs": smallest.macs / 1e6})
 

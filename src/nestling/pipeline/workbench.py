@@ -99,12 +99,14 @@ class Workbench:
         """`space` with what comes from data and device.
 
         `classes`, and `resolution` where it has none; and without the precisions that the device cannot use,
-        as found when the run began.
+        as found when the run began. Choices whose layers `quant.keep` keeps have the precision of that.
         """
         constants: dict[str, Value] = {"classes": len(self.data.classes)}
         if "resolution" not in space.by_name:
             constants["resolution"] = self.data.size
-        offered = (self.run.read_json(OFFERED) or {}).get("offered", {})
+        settled = self.run.read_json(OFFERED) or {}
+        offered = settled.get("offered", {})
+        constants |= {name: kept for name, kept in settled.get("kept", {}).items() if name in space.by_name}
         cut = {name: values for name, values in offered.items() if name in space.by_name}
         return space.only(cut).with_constants(constants) if cut else space.with_constants(constants)
 

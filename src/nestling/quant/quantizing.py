@@ -39,6 +39,8 @@ class Recipe:
         rounding: weights go to the `nearest` integer, or to those that keep a layer's output: by second
             `moments` (GPTQ, arXiv 2210.17323) or by `gradients` (AdaRound, arXiv 2004.10568).
         correct_biases: take the mean error off each layer's bias last (arXiv 1906.04721).
+        shared: kinds of operators that read and write tensors of one range, see
+            `nestling.quant.observing.ranges`.
     """
 
     calibration: Method = "minmax"
@@ -47,6 +49,7 @@ class Recipe:
     awq: bool = False
     rounding: RoundingMethod = "nearest"
     correct_biases: bool = False
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +95,13 @@ def quantize(
     exact = halve(graph, policy)
     graph = place(exact, policy)
     found = observe(
-        graph, policy, images, method=how.calibration, weights=how.weights, reduce_range=reduce_range
+        graph,
+        policy,
+        images,
+        method=how.calibration,
+        weights=how.weights,
+        shared=how.shared,
+        reduce_range=reduce_range,
     )
     if not found:
         return Quantized(graph, found)

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.models.families import Family, family
 from nestling.pipeline.checking import check_space
-from nestling.space import Arch, Choice, SearchSpace, SpaceError
+from nestling.space import Arch, Choice, Need, SearchSpace, SpaceError
 
 
 def space(name: str, *choices: Choice) -> SearchSpace:
@@ -62,3 +62,59 @@ def test_the_arch_that_a_builder_gets_is_a_mapping() -> None:
 
     check_space(space("mine:build"), Family(build, lambda stage: (stage,), str))
     assert all(isinstance(arch, Arch) for arch in seen)
+
+
+MIXED = ("w8a8", "fp32")
+
+
+class Gated(nn.Module):
+    """Gated layers, one after the other."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+        self.ups = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.mean((2, 3))
+        for gate, up in zip(self.gates, self.ups, strict=True):
+            rows = gate(rows).sigmoid() * up(rows)
+        logits: Tensor = self.fc(rows)
+        return logits
+
+
+def check_gated(*choices: Choice) -> None:
+    gated = Family(lambda arch: Gated(arch.integer("depth")), lambda stage: (stage,), str)
+    check_space(space("mine:build", Choice("depth", (1, 2)), *choices), gated)
+
+
+def test_a_precision_of_layers_that_a_smaller_network_lacks_asks_for_a_need() -> None:
+    with pytest.raises(SpaceError, match=r'needs = \[{ choice = "depth", at_least = 2 }\]'):
+        check_gated(Choice("*.1.precision", MIXED))
+    check_gated(Choice("*.1.precision", MIXED, (Need("depth", 2),)))
+
+
+def test_a_precision_whose_layers_others_name_more_exactly_is_refused() -> None:
+    inner = Choice("gates|ups.*.precision", MIXED)
+    with pytest.raises(SpaceError, match=r"gates\|ups.precision decides nothing"):
+        check_gated(Choice("gates|ups.precision", MIXED), inner)
+    check_gated(Choice("*.precision", MIXED), Choice("gates|ups.0.precision", MIXED))
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (
+            [Choice("gates.precision", MIXED)],
+            "gates.0 is decided by gates.precision and ups.0 is always fp32",
+        ),
+        ([Choice("gates.precision", MIXED), Choice("ups.precision", MIXED)], "ups.0 is decided by ups.prec"),
+        ([Choice("gates.precision", ("w8a8",))], "gates.0 is always w8a8 and ups.0 is always fp32"),
+    ],
+)
+def test_layers_that_read_the_same_numbers_have_one_precision(choices: list[Choice], said: str) -> None:
+    with pytest.raises(SpaceError, match=f"gates.0, ups.0 read the same numbers.*{said}"):
+        check_gated(*choices)
+    check_gated(Choice("gates|ups.precision", MIXED))
+    check_gated(Choice("gates.precision", ("w8a8",)), Choice("ups.precision", ("w8a8",)))

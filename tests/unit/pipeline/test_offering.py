@@ -93,3 +93,27 @@ def test_the_kinds_of_layers_of_each_choice_are_those_of_the_largest_network(ben
     assert kinds["stem.precision"] == {"Conv"}
     assert kinds["s1.precision"] == {"Conv", "depthwise Conv"}
     assert "Gemm" in kinds["head.precision"]
+
+
+def test_choices_whose_layers_are_all_kept_have_that_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refusing(monkeypatch)
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep=["first", "last"]'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    offer_precisions(bench, listener=Silent())
+    values = {choice.name: choice.values for choice in bench.fitted(bench.given_space).choices}
+    assert values["stem.precision"] == ("fp32",)
+    assert values["s1.precision"] == values["head.precision"] == ("w8a8", "fp32")
+
+
+def test_a_kept_precision_that_the_device_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refusing(monkeypatch, "Gemm", "Conv")
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep={first = "w8a8"}'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    with pytest.raises(ConfigError, match=r"quant.keep: a device cannot use 'w8a8' for 'first': .*refused"):
+        offer_precisions(bench, listener=Silent())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
-from nestling.quant import QuantPolicy, Range, observe
+from nestling.quant import QuantPolicy, Range, Recipe, observe, quantize
 from nestling.quant.sharing import with_shared_bounds
 
 ALL = QuantPolicy((("", "w8a8"),))
@@ -23,6 +23,13 @@ def test_sums_along_a_residual_stream_share_their_range(graph: Graph, images: Te
     assert float(shared[stream[0]].scale) >= max(float(free[name].scale) for name in stream)
     alone = ("a.act1/Clip", "wide/Conv")
     assert all(same(free[name], shared[name]) for name in alone)
+
+
+def test_a_recipe_may_ask_for_shared_ranges(graph: Graph, images: Tensor) -> None:
+    found = quantize(graph, ALL, [images], recipe=Recipe(shared=("Add",))).ranges
+    shared = observe(graph, ALL, [images], shared=["Add"])
+    assert found.keys() == shared.keys()
+    assert all(same(found[name], shared[name]) for name in ("pool/MaxPool", "b.act2/Relu", "wide/Conv"))
 
 
 def test_only_the_kinds_that_are_named_share(graph: Graph, images: Tensor) -> None:
