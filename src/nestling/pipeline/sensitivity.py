@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nestling.models.graph import trace
-from nestling.pipeline.candidate import checked_images, quant_policy
+from nestling.pipeline.candidate import checked_images
+from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import QuantPolicy, weight_bits
 from nestling.quant.layers import bit_operations
@@ -101,7 +102,7 @@ def mixes(
     timed = "latency_ms" in problem.needed()
 
     def policy(values: Assignment) -> QuantPolicy:
-        return quant_policy(bench, bench.space.canonical({**largest, **values}))
+        return _policy(bench, found, values)
 
     def cost(values: Assignment) -> float:
         return (bit_operations if timed else weight_bits)(found.graph, policy(values))
@@ -174,13 +175,17 @@ def sensitivity_facts(bench: Workbench, found: Sensitivity, *, mixes: Sequence[M
             {
                 "values": dict(mix.values),
                 "cost": mix.cost,
-                "divergence": found.divergence(
-                    quant_policy(bench, bench.space.canonical({**largest, **mix.values}))
-                ),
+                "divergence": found.divergence(_policy(bench, found, mix.values)),
             }
             for mix in mixes
         ],
     }
+
+
+def _policy(bench: Workbench, found: Sensitivity, values: Assignment) -> QuantPolicy:
+    """The policy of the largest network with `values` for some of its precisions."""
+    arch = bench.space.canonical({**bench.space.largest, **values})
+    return quant_policy(bench.family, arch, found.graph, keep=bench.config.quant.keep)
 
 
 def _slope(here: tuple[float, float], there: tuple[float, float]) -> float:

@@ -116,19 +116,19 @@ def measure_sensitivity(
         ValueError: no images, or tensors that are not finite.
     """
     names = tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
-    batches = tuple(part for batch in images for part in batch.split(_AT_ONCE))
+    batches = tuple(part for batch in images for part in torch.split(batch, _AT_ONCE))
     wanted: dict[Part, None] = {}
     for name in names:
         wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
     tensors = {name for name, to in wanted if isinstance(to, Format)}
     seen = collect(graph, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
-    ranges = {
+    ranges: dict[Part, Range] = {
         (name, to): activation_range(*METHODS[method](seen[name], to), to)
         for name, to in wanted
         if isinstance(to, Format)
     }
     operators = {f"{operator.name}.weight": operator for operator in graph.operators}
-    errors = {
+    errors: dict[Part, Operator] = {
         (name, to): _error(operators[name], to, weights=weights, reduce_range=reduce_range)
         for name, to in wanted
         if isinstance(to, Precision)
@@ -241,7 +241,7 @@ def _moved(
                 found.append((part, _per_image(gradient * change(), shape, len(images))))
 
         if changes:
-            tensor.register_hook(note)
+            tensor.register_hook(note)  # type: ignore[no-untyped-call]
         return tensor
 
     with torch.enable_grad():
