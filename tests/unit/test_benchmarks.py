@@ -111,9 +111,9 @@ def good_figures(name: str) -> dict[str, Any]:
         areas |= {"delayed-shrinking, no ramp": 0.67, "progressive-shrinking": 0.66}
         return {"entries": {entry: strategy_row(area) for entry, area in areas.items()}}
     if name == "timm_sweep":
-        row = {"full_size": True, "elastic": ["a", "b"], "subnets": 5, "subnet_differences": [0.0]}
-        row |= {"full_size_difference": 0.0}
-        return {"rows": [{**copy.deepcopy(row), "name": f"n{i}", "family": f"f{i % 30}"} for i in range(60)]}
+        told: dict[str, Any] = {"full_size": True, "full_size_difference": 0.0, "elastic": ["a", "b"]}
+        told |= {"subnets": 5, "subnet_differences": [0.0]}
+        return {"rows": [{**copy.deepcopy(told), "name": f"n{i}", "family": f"f{i % 30}"} for i in range(60)]}
     if name == "verify_export":
         file = {"name": "01-a", "same_file": True, "images": 9, "correct": 7, "fp32_difference": 1e-6}
         file |= {"reported_images": 9, "reported_correct": 7}
@@ -401,9 +401,8 @@ def test_what_two_sorted_networks_share_is_one_of_them(load: Load) -> None:
     space = jobs.space_of(jobs.SIZES["quick"])
     archs = jobs.nested(space)
     known = set(archs)
-    place = {(c.name, value): rank for c in space.choices for rank, value in enumerate(c.values)}
     for first, second in itertools.combinations(archs[::7], 2):
-        lower = {name: min(first[name], second[name], key=lambda v, n=name: place[n, v]) for name in first}
+        lower = {c.name: min(first[c.name], second[c.name], key=c.values.index) for c in space.choices}
         assert space.canonical(lower) in known
 
 

@@ -35,7 +35,8 @@ class Compiler:
             self.shapes.append(tuple(images.shape))
             if self.fails is not None:
                 raise self.fails
-            return function(network, lent, images)
+            logits: Tensor = function(network, lent, images)
+            return logits
 
         return run
 

@@ -17,7 +17,8 @@ class Attending(nn.Module):
         tokens = images.flatten(2).transpose(1, 2)
         memory = tokens.relu()
         mixed = self.q(tokens) * (self.k(memory) + self.v(memory))
-        return torch.sigmoid(self.gate(mixed)) * self.up(mixed)
+        gated: Tensor = torch.sigmoid(self.gate(mixed)) * self.up(mixed)
+        return gated
 
 
 def test_layers_that_are_given_one_tensor_are_siblings() -> None:

@@ -8,6 +8,7 @@ from nestling.config import ConfigError
 from nestling.models.families import FAMILIES, family
 from nestling.models.graph import Graph, trace
 from nestling.pipeline.policies import end_layers, governing, kept_choices, quant_policy
+from nestling.space import Value
 
 TIMM = FAMILIES["timm"]
 
@@ -39,7 +40,9 @@ def test_the_ends_are_the_layers_that_no_other_feeds_and_that_feed_no_other(grap
 
 
 def test_rules_of_layers_that_the_network_lacks_are_left_out(graph: Graph) -> None:
-    decisions = {"block.0.precision": "w8a8", "block.7.precision": "ternary", "width": 8}
+    decisions: dict[str, Value] = {
+        "block.0.precision": "w8a8", "block.7.precision": "ternary", "width": 8,
+    }  # fmt: skip
     policy = quant_policy(TIMM, decisions, graph)
     assert policy.rules == (("block.0", "w8a8"),)
     assert policy.simulated == ()

@@ -82,7 +82,7 @@ def test_the_same_images_in_other_batches_and_draws_tell_nearly_the_same(
     graph: Graph, images: Tensor
 ) -> None:
     one = measure_sensitivity(graph, ["w8a8"], [images], draws=4)
-    other = measure_sensitivity(graph, ["w8a8"], images.split(20), draws=4, seed=1)
+    other = measure_sensitivity(graph, ["w8a8"], torch.split(images, 20), draws=4, seed=1)
     policy = QuantPolicy((("", "w8a8"),))
     assert one.divergence(policy) == pytest.approx(other.divergence(policy), rel=0.3)
     assert all(len(moved) == 4 * len(images) for moved in other.parts.values())
