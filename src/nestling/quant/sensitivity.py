@@ -103,8 +103,8 @@ def measure_sensitivity(
     Args:
         graph: the float network.
         precisions: names.
-        images: batches (N, 3, R, R) on the device of the graph's weights. The estimate's own error is at most
-            `sqrt(2 / (images x draws))` of it: 9 % with 256.
+        images: batches (N, 3, R, R) on the device of the graph's weights. The estimate's own error is about
+            `sqrt(2 / (images x draws))` of it, 9 % with 256; more where a few images make up most of it.
         method: see `ranges` of `nestling.quant.observing`.
         weights: see there.
         reduce_range: see there.
@@ -116,7 +116,9 @@ def measure_sensitivity(
         ValueError: no images, or tensors that are not finite.
     """
     names = tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
-    batches = tuple(part for batch in images for part in torch.split(batch, _AT_ONCE))
+    batches = tuple(images)
+    if not batches:
+        raise ValueError("no images; sensitivity needs at least one batch")
     wanted: dict[Part, None] = {}
     for name in names:
         wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
@@ -135,8 +137,8 @@ def measure_sensitivity(
     }
     generator = torch.Generator().manual_seed(seed)
     found: dict[Part, list[Tensor]] = defaultdict(list)
-    for batch in batches if wanted else ():
-        for part, moved in _moved(graph, batch, ranges, errors, wanted, draws=draws, generator=generator):
+    for few in (few for batch in batches for few in torch.split(batch, _AT_ONCE)) if wanted else ():
+        for part, moved in _moved(graph, few, ranges, errors, wanted, draws=draws, generator=generator):
             found[part].append(moved)
     return Sensitivity(graph, names, {part: torch.cat(moved) for part, moved in found.items()})
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, trace
 from nestling.quant import PRECISIONS, QuantPolicy, Recipe, quantize, simulate
 from nestling.quant.fake import rounded
 from nestling.quant.regions import WEIGHT_AXES
@@ -49,11 +49,37 @@ def test_one_pass_tells_the_divergence_that_quantizing_each_layer_alone_gives(
     assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
-def test_a_number_that_is_only_carried_on_is_rounded_to_16_bits_once(
-    sensitivity: Sensitivity, brute_force: Callable[[QuantPolicy], float]
-) -> None:
-    policy = QuantPolicy((("", "bf16"),))
-    assert sensitivity.divergence(policy) == pytest.approx(brute_force(policy), rel=0.4)
+class Twice(nn.Module):
+    """Two equal convolutions, added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+        self.second.load_state_dict(self.first.state_dict())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head((self.first(images) + self.second(images)).mean((2, 3)))
+
+
+def test_errors_that_strengthen_one_another_count_more_than_their_sum(images: Tensor) -> None:
+    torch.manual_seed(0)
+    found = measure_sensitivity(trace(Twice().eval(), resolution=12), ["w4"], [images])
+    alone = found.divergence(QuantPolicy((("first", "w4"),)))
+    assert alone > 0
+    both = found.divergence(QuantPolicy((("first", "w4"), ("second", "w4"))))
+    assert both == pytest.approx(4 * alone, rel=1e-3)
+
+
+def test_a_number_that_is_only_carried_on_is_rounded_to_16_bits_once(images: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    network = nn.Sequential(nn.Sequential(*layers), nn.Linear(400, 5)).eval()
+    found = measure_sensitivity(trace(network, resolution=12), ["bf16"], [images])
+    parts = {name for name, to in found.parts if to == "bfloat16"}
+    written = QuantPolicy((("0.0", "bf16"),)), QuantPolicy((("0", "bf16"),))
+    assert len(parts) >= 5
+    assert found.divergence(written[0]) == pytest.approx(found.divergence(written[1]), rel=1e-9)
 
 
 def test_one_pass_tells_the_divergence_of_policies_that_mix_precisions(
@@ -91,6 +117,11 @@ def test_the_same_images_in_other_batches_and_draws_tell_nearly_the_same(
 def test_a_precision_that_was_not_looked_at_is_refused(sensitivity: Sensitivity) -> None:
     with pytest.raises(ValueError, match="the sensitivity to 'fp8' was not measured; only to w8a8, w4a8"):
         sensitivity.divergence(QuantPolicy((("stem", "fp8"),)))
+
+
+def test_without_images_nothing_is_told(graph: Graph) -> None:
+    with pytest.raises(ValueError, match="no images; sensitivity needs at least one batch"):
+        measure_sensitivity(graph, ["w4"], [])
 
 
 def test_weights_keep_no_gradients(graph: Graph, images: Tensor, sensitivity: Sensitivity) -> None:
