@@ -59,7 +59,9 @@ class Twice(nn.Module):
         self.head = nn.Linear(16, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head((self.first(images) + self.second(images)).mean((2, 3)))
+        logits = self.head((self.first(images) + self.second(images)).mean((2, 3)))
+        assert isinstance(logits, Tensor)
+        return logits
 
 
 def test_errors_that_strengthen_one_another_count_more_than_their_sum(images: Tensor) -> None:
