@@ -33,8 +33,9 @@ from nestling.train.strategies import Visit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
-    "arch_switch", "convert_sweep", "cost_counter", "ddp", "kill_resume", "lending_overhead", "sorted_net",
-    "strategies", "timm_sweep", "train_step", "training_speed", "verify_export",
+    "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "kill_resume",
+    "lending_overhead", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep", "train_step",
+    "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -62,6 +63,10 @@ def step_sizes(ratio: str, at_32: float, at_128: float) -> dict[str, Any]:
     }
 
 
+def speed_row(theirs: float, floats: float) -> dict[str, Any]:
+    return {"ours / theirs": {"ratio": theirs}, "ours / fp32": {"ratio": floats}}
+
+
 def strategy_row(area: float) -> dict[str, Any]:
     return {measure: [area, area + 0.01, area - 0.01] for measure in ("smallest", "largest", "area")}
 
@@ -74,6 +79,16 @@ def good_figures(name: str) -> dict[str, Any]:
         milliseconds = {"build": 9.0, "lend": 2.0, "materialize": 20.0, "build plainly": 200.0}
         timed = {"milliseconds": {step: [ms, ms] for step, ms in milliseconds.items()}}
         return {"spaces": {"once-for-all": timed}}
+    if name == "candidate_cost":
+        seconds = {"recalibrate": [2.0, 2.0, 2.0], "observe": [0.1, 0.1, 0.3], "session": [0.2, 0.2, 0.2]}
+        return {"spaces": {"once-for-all": {"seconds": seconds}}, "peers_seconds": {"quantize_static": 6.0}}
+    if name == "quant_parity":
+        parity = {"arch": "a", "simulated_top1": 0.4, "runtime_top1": 0.405, "within_a_step": 0.995}
+        return {"images": 1000, "families": {"vit": [parity, copy.deepcopy(parity)]}}
+    if name == "quant_speed":
+        networks = {each: speed_row(1.0, 0.45) for each in ("resnet18", "resnet50")}
+        networks["efficientnet_b0"] = {**speed_row(1.02, 1.1), "policy": {"ratio": 0.99}}
+        return {"instructions": ["avx2", "avx512_vnni"], "networks": networks}
     if name == "convert_sweep":
         held: dict[str, Any] = {"failed": [], "smallest_macs": 0.2}
         kinds = {"cnn": 20, "vit": 5}
@@ -154,6 +169,15 @@ BAD: list[tuple[str, Edit]] = [
     ("arch_switch", change("spaces", "once-for-all", "milliseconds", "materialize", to=[25.0, 25.0])),
     ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[5.0, 5.0])),
     ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[float("nan")] * 2)),
+    ("candidate_cost", change("spaces", "once-for-all", "seconds", "observe", to=[0.1, 0.3, 0.3])),
+    ("candidate_cost", change("spaces", "once-for-all", "seconds", "session", to=[float("nan")] * 3)),
+    ("quant_parity", change("families", "vit", 0, "runtime_top1", to=0.406)),
+    ("quant_parity", change("families", "vit", 1, "within_a_step", to=0.98)),
+    ("quant_parity", change("families", "vit", 1, "within_a_step", to=float("nan"))),
+    ("quant_speed", change("networks", "resnet18", "ours / theirs", "ratio", to=1.04)),
+    ("quant_speed", change("networks", "resnet50", "ours / fp32", "ratio", to=0.46)),
+    ("quant_speed", change("networks", "efficientnet_b0", "policy", "ratio", to=1.01)),
+    ("quant_speed", change("networks", "resnet18", "ours / fp32", "ratio", to=float("nan"))),
     ("convert_sweep", change("models", "cnn0", "failed", to=["differs"])),
     ("convert_sweep", change("models", "vit4", "failed", to=["differs"])),
     ("cost_counter", change("models", "a", "macs", to=101)),
@@ -238,6 +262,27 @@ def test_a_stored_figure_beyond_its_limit_fails_the_check(
     assert judge_stored(load(name), figures, tmp_path, "--check") == 1
     assert "missed:" in capsys.readouterr().err
     assert judge_stored(load(name), figures, tmp_path) == 0
+
+
+def test_a_gain_is_not_judged_on_a_cpu_without_the_instruction_it_is_claimed_for(
+    load: Load, tmp_path: Path
+) -> None:
+    figures = good_figures("quant_speed")
+    change("networks", "resnet18", "ours / fp32", "ratio", to=0.9)(figures)
+    change("instructions", to=["avx2"])(figures)
+    assert judge_stored(load("quant_speed"), figures, tmp_path, "--check") == 0
+    change("networks", "resnet18", "ours / theirs", "ratio", to=1.04)(figures)
+    assert judge_stored(load("quant_speed"), figures, tmp_path, "--check") == 1
+
+
+def test_a_stopwatch_counts_a_stage_inside_another_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("candidate_cost")
+    times = iter([0.0, 1.0, 4.0, 10.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    watch = module.Stopwatch()
+    with watch.stage("outer"), watch.stage("inner"):
+        pass
+    assert watch.seconds == {"inner": 3.0, "outer": 7.0}
 
 
 @pytest.mark.parametrize("name", NAMES)

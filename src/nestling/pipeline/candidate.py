@@ -147,6 +147,8 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
         expected = simulated_logits(candidate.quantized, images) if quantized else candidate.network(images)
     tolerance, typical = candidate.tolerances
     try:
+        if quantized:  # first: its session serves what follows
+            check_precisions(bench.device, candidate.path, candidate.quantized, candidate.policy)
         verified = verify(
             candidate.path,
             images,
@@ -155,8 +157,6 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
             tolerance=tolerance,
             typical=typical,
         )
-        if quantized:
-            check_precisions(bench.device, candidate.path, candidate.quantized, candidate.policy)
     except (DeviceError, ExportMismatch) as error:
         candidate.path.unlink(missing_ok=True)
         raise EvaluationFailed(str(error)) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -226,6 +227,18 @@ def _varint(content: memoryview, position: int) -> tuple[int, int]:
     raise RefusalError("not an ONNX model: a number without an end")
 
 
+def optimized_nodes(model: bytes) -> list[dict[str, Any]]:
+    """Name, operator, reads and writes of every node of `model`, in order, those of subgraphs last."""
+    nodes = []
+    for kind, held in messages(model):
+        if kind == "node":
+            name, operator, domain = (bytes(held.get(n, b"")).decode() for n in (3, 4, 7))
+            reads, writes = ([bytes(tensor).decode() for tensor in held.get(n, ())] for n in (1, 2))
+            operator = f"{domain}.{operator}" if domain else operator
+            nodes.append({"name": name, "op": operator, "reads": reads, "writes": writes})
+    return nodes[::-1]
+
+
 def refuse_external_data(model: bytes) -> None:
     """Refuses a model whose tensors lie in other files: reading those would leave what was handed over.
 
@@ -351,6 +364,20 @@ class Loaded:
         return self.session.run(None, self.feed)
 
 
+@dataclass
+class Opened:
+    """A session, kept for whatever is asked next of the same model: opening one costs most of what is asked.
+
+    `first_seconds` is None until it has been called; `nodes` is None where nobody asked for them.
+    """
+
+    key: str
+    session: Session
+    load_seconds: float
+    first_seconds: float | None = None
+    nodes: list[dict[str, Any]] | None = None
+
+
 class Worker:
     """What the worker has been told and given: a runtime, models, arrays. Each verb is a method."""
 
@@ -358,6 +385,7 @@ class Worker:
         self.runtime, self.threads = "cpu", 1
         self.models: dict[str, Loaded] = {}
         self.arrays: dict[str, NDArray[Any]] = {}
+        self.last: Opened | None = None
         self.verbs: dict[str, Callable[[Mapping[str, Any], bytearray], tuple[dict[str, Any], bytes]]] = {
             "hello": self.hello,
             "load": self.load,
@@ -401,15 +429,9 @@ class Worker:
 
     def load(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Keeps the model in `blob` as `model`; answers how long loading and the first call took."""
-        model = bytes(blob)
-        begun = time.perf_counter()
-        loaded = self._ready(self._session(model))
-        load_seconds = time.perf_counter() - begun
-        begun = time.perf_counter()
-        loaded.run()
-        first_seconds = time.perf_counter() - begun
-        self.models[request["model"]] = loaded
-        return {"load_seconds": load_seconds, "first_seconds": first_seconds}, b""
+        opened = self._opened(bytes(blob))
+        self.models[request["model"]] = self._called(opened)
+        return {"load_seconds": opened.load_seconds, "first_seconds": opened.first_seconds}, b""
 
     def time(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Times `model` and `reference` in turn; the blob is int64 nanoseconds, the model's come first."""
@@ -435,8 +457,8 @@ class Worker:
 
     def predict(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs the model in `blob` over the held `array` (N, ...); the blob is its first output, float32."""
-        session = self._session(bytes(blob))
-        loaded = self._ready(session)
+        opened = self._opened(bytes(blob))
+        session, loaded = opened.session, self._called(opened)
         if len(loaded.feed) != 1:
             raise RefusalError(f"a model with {len(loaded.feed)} inputs cannot be run over images alone")
         [(name, example)] = loaded.feed.items()
@@ -459,18 +481,7 @@ class Worker:
 
     def optimized(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Answers the nodes that are left of the model in `blob` after the runtime's optimizations."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
-            self._session(bytes(blob), optimized=path)
-            model = path.read_bytes()
-        nodes = []
-        for kind, held in messages(model):
-            if kind == "node":
-                name, operator, domain = (bytes(held.get(n, b"")).decode() for n in (3, 4, 7))
-                reads, writes = ([bytes(tensor).decode() for tensor in held.get(n, ())] for n in (1, 2))
-                operator = f"{domain}.{operator}" if domain else operator
-                nodes.append({"name": name, "op": operator, "reads": reads, "writes": writes})
-        return {"nodes": nodes[::-1]}, b""
+        return {"nodes": self._opened(bytes(blob), with_nodes=True).nodes}, b""
 
     def kernels(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs the model in `blob` once; answers the kernels that ran and the types that they read."""
@@ -506,6 +517,36 @@ class Worker:
         if name not in self.models:
             raise RefusalError(f"no model {name!r} is loaded")
         return self.models[name]
+
+    def _opened(self, model: bytes, *, with_nodes: bool = False) -> Opened:
+        """The session of `model`: the last one opened, where it is the same model's."""
+        key = hashlib.sha256(model).hexdigest()
+        last = self.last
+        if last is not None and last.key == key and not (with_nodes and last.nodes is None):
+            return last
+        self.last = last = None  # or there would be three models in memory
+        if not with_nodes:
+            begun = time.perf_counter()
+            session = self._session(model)
+            self.last = Opened(key, session, time.perf_counter() - begun)
+            return self.last
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            begun = time.perf_counter()
+            session = self._session(model, optimized=path)
+            load_seconds = time.perf_counter() - begun
+            nodes = optimized_nodes(path.read_bytes())
+        self.last = Opened(key, session, load_seconds, nodes=nodes)
+        return self.last
+
+    def _called(self, opened: Opened) -> Loaded:
+        """The session with an input, called at least once."""
+        loaded = self._ready(opened.session)
+        if opened.first_seconds is None:
+            begun = time.perf_counter()
+            loaded.run()
+            opened.first_seconds = time.perf_counter() - begun
+        return loaded
 
     def _session(
         self, model: bytes, *, optimized: Path | None = None, profiled: Path | None = None

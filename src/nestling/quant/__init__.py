@@ -2,6 +2,7 @@
 
 from nestling.quant.fake import Simulation, simulate
 from nestling.quant.formats import Format
+from nestling.quant.gates import split_gates
 from nestling.quant.mixed import halve
 from nestling.quant.observing import observe
 from nestling.quant.placing import place
@@ -28,5 +29,6 @@ __all__ = [
     "place",
     "quantize",
     "simulate",
+    "split_gates",
     "weight_bits",
 ]

@@ -10,6 +10,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from nestling.quant.blocks import DOMAIN, blocked_layer
+from nestling.quant.gates import sum_gates
 from nestling.quant.ranges import Range
 
 
@@ -79,11 +80,13 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
     opsets = list(model.opset_import)
     if any(node.domain == DOMAIN for node in nodes):
         opsets.append(helper.make_opsetid(DOMAIN, 1))
-    return helper.make_model(
-        quantized,
-        opset_imports=opsets,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
+    return sum_gates(
+        helper.make_model(
+            quantized,
+            opset_imports=opsets,
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+        )
     )
 
 

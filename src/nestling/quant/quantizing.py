@@ -16,6 +16,7 @@ from nestling.quant.calibration import Method, WeightMethod
 from nestling.quant.constants import grouped_range
 from nestling.quant.correction import correct_biases
 from nestling.quant.equalization import equalize
+from nestling.quant.gates import split_gates
 from nestling.quant.mixed import halve
 from nestling.quant.observing import observe
 from nestling.quant.placing import place
@@ -92,7 +93,7 @@ def quantize(
         graph = equalize(graph)
     if how.awq and any(p.integers is not None and p.activation is None for p in precisions):
         graph = awq(graph, images, rounding=lambda operator: _stored(operator, policy))
-    exact = halve(graph, policy)
+    exact = halve(split_gates(graph, policy), policy)
     graph = place(exact, policy)
     found = observe(
         graph,

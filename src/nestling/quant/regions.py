@@ -10,16 +10,13 @@ from nestling.quant.policy import QuantPolicy
 
 # Kinds that ONNX Runtime computes on integers.
 _INTEGER_KINDS = {
-    "Conv",
-    "Gemm",
-    "MatMul",
-    "Add",
-    "Mul",
-    "Concat",
-    "Sigmoid",
-    "GlobalAveragePool",
+    "Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "Sigmoid", "HardSigmoid", "GlobalAveragePool",
     "AveragePool",
-}
+}  # fmt: skip
+# Those that may give floats as well, at no cost: they sum integers anyway.
+_FLOAT_OUTPUT_KINDS = {"Gemm", "MatMul"}
+# Those that are worth it by themselves; the others are only where what they read is integers anyway.
+_MULTIPLYING_KINDS = {"Conv", "Gemm", "MatMul"}
 # Kinds that only move numbers, so that what they write has the range of what they read.
 _MOVING_KINDS = {
     "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
@@ -37,24 +34,63 @@ def is_integer(operator: Operator, policy: QuantPolicy) -> bool:
 
 
 def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolicy) -> dict[str, Format]:
-    """Tensor -> format, for every tensor that an integer operator reads or writes."""
+    """Tensor -> format, for every tensor that passes through integers.
+
+    Those are what a convolution or a product of matrices reads, and what it writes. The product of matrices
+    (which linear layers are) gives floats for nothing: its result is quantized only where an integer operator
+    reads it, and so are residual sums of a ViT floats. Sums, products, gates and pooling are integers where
+    all that they read is: of floats, they would cost more in rounding than they gain.
+    """
     readers = graph.readers()
+    followed = _runs_on_integers(graph, integer)
     formats: dict[str, Format] = {}
-    for operator in integer:
+    for operator in followed:
         format = policy.precision(operator.layer).activation
         if format is None:
             continue
-        written = operator
-        while (only := _only_reader(readers, graph, written)) is not None and _is_absorbed(only, by=written):
-            written = only
-        # The runtime gives the product of two matrices as floats and adds a constant to those. Softmax
-        # should read floats too: in attention, ONNX Runtime 1.31's QLinearSoftmax was off by the whole range.
-        float_sum = written is not operator and written.kind == "Add"
-        float_softmax = only is not None and only.kind == "Softmax"
-        outputs = () if float_sum or float_softmax or written.name == graph.output else (written.name,)
+        written = _absorbing(readers, graph, operator)
+        floats_do = (
+            operator.kind in _FLOAT_OUTPUT_KINDS
+            and written is operator
+            and not _is_read_by(followed, readers, written.name)
+        )
+        outputs = () if floats_do or written.name == graph.output else (written.name,)
         for name in (*operator.inputs, *outputs):
             formats[name] = format
     return {name: formats[name] for name in graph.shapes if name in formats}
+
+
+def _runs_on_integers(graph: Graph, integer: list[Operator]) -> dict[Operator, None]:
+    """Those of `integer` that gain by it, in order."""
+    readers, asked = graph.readers(), dict.fromkeys(integer)
+    multiplying = [operator for operator in integer if operator.kind in _MULTIPLYING_KINDS]
+    held = {name for operator in multiplying for name in operator.inputs}
+    chosen: dict[Operator, None] = {}
+    for operator in graph.operators:
+        if operator in asked and (
+            operator.kind in _MULTIPLYING_KINDS or all(name in held for name in operator.inputs)
+        ):
+            chosen[operator] = None
+            if operator.kind not in _FLOAT_OUTPUT_KINDS:
+                held.add(_absorbing(readers, graph, operator).name)
+        elif operator.kind in _MOVING_KINDS and operator.inputs[0] in held:
+            held.add(operator.name)
+    return chosen
+
+
+def _is_read_by(chosen: Mapping[Operator, None], readers: Mapping[str, list[Operator]], name: str) -> bool:
+    """Whether one of `chosen` reads tensor `name`, itself or what is moved from it."""
+    return any(
+        reader in chosen or (reader.kind in _MOVING_KINDS and _is_read_by(chosen, readers, reader.name))
+        for reader in readers[name]
+    )
+
+
+def _absorbing(readers: Mapping[str, list[Operator]], graph: Graph, operator: Operator) -> Operator:
+    """What writes the result of `operator`: a rectifier that the runtime makes part of it, or itself."""
+    while (only := _only_reader(readers, graph, operator)) is not None and _is_absorbed(only, by=operator):
+        operator = only
+    return operator
 
 
 def _only_reader(readers: Mapping[str, list[Operator]], graph: Graph, operator: Operator) -> Operator | None:

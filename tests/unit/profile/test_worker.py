@@ -205,6 +205,34 @@ def test_a_worker_that_nobody_watches_ends_itself(endless: Path) -> None:
     assert time.monotonic() - begun < 10
 
 
+def test_one_session_serves_all_that_is_asked_of_a_model(
+    tiny: Path, tiny_model: Callable[[int | str], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = worker.Worker._session
+
+    def counted(self: worker.Worker, model: bytes, *, optimized: Path | None = None) -> object:
+        opened.append(optimized is not None)
+        return real(self, model, optimized=optimized)
+
+    monkeypatch.setattr(worker.Worker, "_session", counted)
+    asked, model = worker.Worker(), tiny.read_bytes()
+    asked.hold({"array": "images", "shape": (2, 3, 8, 8), "dtype": "<f4"}, bytearray(2 * 3 * 8 * 8 * 4))
+    nodes, _ = asked.optimized({}, bytearray(model))
+    assert {"Conv", "com.microsoft.nchwc.Conv"} & {node["op"] for node in nodes["nodes"]}
+    asked.predict({"array": "images"}, bytearray(model))
+    first, _ = asked.load({"model": "a"}, bytearray(model))
+    again, _ = asked.load({"model": "b"}, bytearray(model))
+    assert opened == [True]
+    assert first == again  # what opening took is told of the one time that it was done
+    assert first["load_seconds"] > 0
+    assert first["first_seconds"] > 0
+    asked.load({"model": "c"}, bytearray(tiny_model("N").SerializeToString()))
+    asked.load({"model": "a"}, bytearray(model))
+    asked.optimized({}, bytearray(model))
+    assert opened == [True, False, False, True]
+
+
 def test_importing_the_worker_loads_no_runtime() -> None:
     code = "import sys, nestling.profile; sys.exit('onnxruntime' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0

@@ -1,0 +1,209 @@
+"""What is simulated is what ships: PyTorch's simulation and ONNX Runtime agree on real images.
+
+For five families, ten random pairs of an arch and a policy (each block in w8a8 with a chance of 3 in 4, else
+in floats; no two alike): the same 1,000 test images of CIFAR-10, at 32 px, through the simulation and
+through the quantized file in ONNX Runtime. Networks have random weights, normalization of their own, and a
+classifier fitted in closed form (ridge regression on the labels of 2,000 training images): so that top-1 is
+far from chance, and ties between classes are as close as they get.
+
+Claims, for each of the 50:
+
+1. top-1 differs by at most 0.5 points;
+2. 99 % of the logits differ by at most one quantization step. Logits are floats: as their step counts that
+   of an 8-bit tensor which spans them all, the 255th part of the distance from the smallest to the largest.
+
+    python benchmarks/quant_parity.py --data PARQUET_FOLDER [--check] [--pairs 10] [--images 1000]
+
+Takes 6 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arch_switch import SPACES
+from quant_speed import blocks_of
+from record import Benchmark, Figures
+from torch import Tensor
+
+from nestling.config import DataConfig
+from nestling.data import EvalImages, load_data
+from nestling.export import save_onnx, to_onnx
+from nestling.models.families import family
+from nestling.models.graph import Graph, trace
+from nestling.models.supernet import Supernet
+from nestling.profile import Device, connect
+from nestling.quant import QuantPolicy, insert_qdq, observe, simulate, split_gates
+from nestling.space import Arch, load_space
+from nestling.train.evaluate import recalibrate
+
+FAMILIES = ("ofa_mobilenetv3_w10", "resnet_cifar", "vit_cifar", "convnext_tiny", "timm_resnet18")
+PIXELS = 32
+FITTED_IMAGES, CALIBRATION_IMAGES, BATCH = 2000, 128, 250
+POINTS, WITHIN = 0.5, 0.99
+RIDGE = 0.1
+
+
+def with_classifier(graph: Graph, images: EvalImages) -> Graph:
+    """`graph`, its last layer fitted to the labels of `images` by ridge regression."""
+    last = graph.operators[-1]
+    if last.kind != "Gemm" or last.weight is None:
+        raise ValueError(f"{last.name} is a {last.kind}; only a linear classifier can be fitted")
+    features: list[Tensor] = []
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        if name == last.inputs[0]:
+            features.append(tensor)
+        return tensor
+
+    for batch in images.at(PIXELS, batch_size=BATCH):
+        graph.run(batch.images, after=keep)
+    read = torch.cat(features).double()
+    labels = torch.nn.functional.one_hot(torch.from_numpy(images.labels), len(images.classes)).double()
+    middle = read.mean(0)
+    centred = read - middle
+    squares = centred.T @ centred
+    squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
+    weight = torch.linalg.solve(squares, centred.T @ (labels - labels.mean(0))).T
+    bias = labels.mean(0) - weight @ middle
+    fitted = replace(last, weight=weight.float(), bias=bias.float())
+    return replace(graph, operators=(*graph.operators[:-1], fitted))
+
+
+def random_policy(graph: Graph, rng: random.Random) -> QuantPolicy:
+    """w8a8 for each block with a chance of 3 in 4; for one at least."""
+    blocks = blocks_of(graph)
+    chosen = [block for block in blocks if rng.random() < 0.75] or blocks[:1]
+    return QuantPolicy(tuple((block, "w8a8") for block in chosen))
+
+
+def compare(graph: Graph, policy: QuantPolicy, data: Any, device: Device, *, images: int) -> dict[str, Any]:
+    """How the simulation and the file differ on the first `images` test images."""
+    scored = data.test.take(images)
+    graph = split_gates(graph, policy)
+    calibration = (b.images for b in data.train.calibration(CALIBRATION_IMAGES).at(PIXELS, batch_size=BATCH))
+    ranges = observe(graph, policy, calibration, reduce_range=device.fingerprint.int8_saturates)
+    simulation = simulate(graph, ranges)
+    expected = torch.cat(
+        [simulation.run(batch.images) for batch in scored.at(PIXELS, batch_size=BATCH)]
+    ).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(insert_qdq(to_onnx(graph, dynamic_batch=True), ranges), path)
+        got = device.predict(path, scored.array(PIXELS))
+    step = float(expected.max() - expected.min()) / 255
+    differences = np.abs(expected - got) / step
+    hits = [logits.argmax(axis=1) == scored.labels for logits in (expected, got)]
+    return {
+        "quantized": len(ranges),
+        "simulated_top1": round(float(hits[0].mean()), 5),
+        "runtime_top1": round(float(hits[1].mean()), 5),
+        "same_prediction": round(float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()), 5),
+        "within_a_step": round(float((differences <= 1).mean()), 5),
+        "median_steps": round(float(np.median(differences)), 5),
+        "worst_steps": round(float(differences.max()), 3),
+    }
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    """The comparisons of every family; prints a line for each."""
+    torch.set_num_threads(options.threads)
+    data = load_data(DataConfig(source=options.data, size=PIXELS, test_images=options.images), seed=0)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with connect("ort:cpu?threads=1") as device:
+        for name in options.spaces:
+            rng = random.Random(0)
+            space = load_space(SPACES / f"{name}.toml")
+            space = space.with_constants({"classes": len(data.classes), "resolution": PIXELS})
+            kin = family(space.family)
+            torch.manual_seed(0)
+            supernet = Supernet(space, kin.build, layout=kin.layout)
+            found[name] = []
+            seen: set[tuple[Arch, QuantPolicy]] = set()
+            while len(found[name]) < options.pairs:
+                arch = space.sample(rng)
+                network = supernet.materialize(arch)
+                fitted = data.train.calibration(FITTED_IMAGES)
+                recalibrate(network, (batch.images for batch in fitted.at(PIXELS, batch_size=BATCH)))
+                graph = with_classifier(trace(network, resolution=PIXELS), fitted)
+                policy = random_policy(graph, rng)
+                if (arch, policy) in seen:
+                    continue
+                seen.add((arch, policy))
+                row = compare(graph, policy, data, device, images=options.images)
+                found[name].append({"arch": arch.key, "rules": dict(policy.rules), **row})
+            print(line(name, found[name]), flush=True)
+    return {"images": options.images, "pixels": PIXELS, "families": found}
+
+
+def points(row: Any) -> float:
+    """The difference of top-1 in points."""
+    return 100 * abs(float(row["simulated_top1"]) - float(row["runtime_top1"]))
+
+
+def line(name: str, rows: list[dict[str, Any]]) -> str:
+    """One family's comparisons, for reading."""
+    top1 = [row["runtime_top1"] for row in rows]
+    least = {key: 100 * min(row[key] for row in rows) for key in ("within_a_step", "same_prediction")}
+    return (
+        f"{name:24} {len(rows)} pairs, top-1 {100 * min(top1):.1f} to {100 * max(top1):.1f}; differs by "
+        f"at most {max(map(points, rows)):.1f} points; {least['within_a_step']:.2f} % of logits "
+        f"or more within a step; {least['same_prediction']:.1f} % of predictions or more alike"
+    )
+
+
+def misses(figures: Figures) -> list[str]:
+    """The pairs that differ by more than claimed."""
+    found = []
+    for name, rows in figures["families"].items():
+        for row in rows:
+            if not points(row) <= POINTS + 1e-9:
+                found.append(f"{name} {row['arch']}: top-1 differs by {points(row):.1f} points")
+            if not row["within_a_step"] >= WITHIN:
+                share = 100 * row["within_a_step"]
+                found.append(f"{name} {row['arch']}: {share:.2f} % of logits within a step, at least 99 %")
+    return found
+
+
+def sentence(figures: Figures) -> str:
+    """The figures in one line."""
+    rows = [row for rows in figures["families"].values() for row in rows]
+    return (
+        f"{len(rows)} quantized subnets of {len(figures['families'])} families, {figures['images']} images: "
+        f"top-1 of simulation and ONNX Runtime differ by at most {max(map(points, rows)):.1f} points, "
+        f"{100 * min(row['within_a_step'] for row in rows):.2f} % of logits or more agree to a step"
+    )
+
+
+BENCHMARK = Benchmark("quant_parity", __doc__, measure, sentence, misses)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = BENCHMARK.parser()
+    parser.add_argument("--data", help="CIFAR-10 as Parquet: a folder, or a dataset's name on the hub")
+    parser.add_argument("--pairs", type=int, default=10, help="of each family [default: 10]")
+    parser.add_argument("--images", type=int, default=1000, help="[default: 1000]")
+    parser.add_argument("--threads", type=int, default=2, help="of torch [default: 2]")
+    parser.add_argument(
+        "--spaces",
+        nargs="+",
+        default=list(FAMILIES),
+        metavar="NAME",
+        help="[default: those of five families]",
+    )
+    options = parser.parse_args(words)
+    if options.data is None and not options.stored:
+        parser.error("give --data, the folder of CIFAR-10's Parquet files, or --stored")
+    return BENCHMARK.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
