@@ -152,6 +152,10 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return apply
 
 
+def _hard_sigmoid(operator: Operator, tensor: Tensor) -> Tensor:
+    return tensor.mul(operator.number("alpha")).add_(operator.number("beta")).clamp_(0, 1)
+
+
 def _max_pool(operator: Operator, images: Tensor) -> Tensor:
     kernel = operator.integers("kernel_shape")
     pool = F.max_pool1d if len(kernel) == 1 else F.max_pool2d
@@ -265,7 +269,7 @@ COMPUTE: dict[str, Callable[..., Tensor]] = {
     "Sigmoid": _unary(torch.sigmoid),
     "Tanh": _unary(torch.tanh),
     "HardSwish": _unary(F.hardswish),
-    "HardSigmoid": _unary(F.hardsigmoid),
+    "HardSigmoid": _hard_sigmoid,
     "Clip": lambda operator, tensor: tensor.clamp(operator.number("min"), operator.number("max")),
     "LeakyRelu": lambda operator, tensor: F.leaky_relu(tensor, operator.number("alpha")),
     "PRelu": lambda operator, tensor: F.prelu(tensor, operator.constant().flatten()),
