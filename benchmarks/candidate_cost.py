@@ -13,7 +13,7 @@ pipeline's own `write_candidate`, and then through the device's worker, as in a 
 - cost: multiply-accumulates and parameters;
 - session: the file loaded in the runtime, and which layers are computed on integers there (where none is
   quantized, `predict` loads it); this session stays for what follows, timing included;
-- simulate, predict: the same 32 images in PyTorch and in the runtime; compare: the ONNX checker, and logits.
+- simulate, predict: the same 16 images in PyTorch and in the runtime; compare: the ONNX checker, and logits.
 
 Claim: for once-for-all's space, all but recalibration takes at most 0.4 s at the median, on 2 cores.
 

@@ -200,6 +200,8 @@ def _run(
 ) -> Tensor:
     unread = Counter(name for operator in operators for name in operator.inputs)
     unread[output] += 1
+    if images.ndim == 4:  # depthwise and 1x1 convolutions take a third of the time on a CPU
+        images = images.contiguous(memory_format=torch.channels_last)
     tensors = {source: after(source, images) if after else images}
     for operator in operators:
         result = compute(operator, *(tensors[name] for name in operator.inputs))

@@ -153,7 +153,8 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _hard_sigmoid(operator: Operator, tensor: Tensor) -> Tensor:
-    return tensor.mul(operator.number("alpha")).add_(operator.number("beta")).clamp_(0, 1)
+    beta = tensor.new_tensor(operator.number("beta"))
+    return torch.add(beta, tensor, alpha=operator.number("alpha")).clamp_(0, 1)
 
 
 def _max_pool(operator: Operator, images: Tensor) -> Tensor:

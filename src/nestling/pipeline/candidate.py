@@ -23,7 +23,7 @@ from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
 
-CHECKED_IMAGES = 32
+CHECKED_IMAGES = 16
 SCORED_BATCH = 512
 """Images that the device's runtime is given at a time; each has the whole time limit."""
 HELD_BYTES = 2**28
