@@ -41,7 +41,7 @@ import onnx
 import torch
 from arch_switch import JUDGED, SPACES
 from lending_overhead import STAGES, ofa_space
-from quant_speed import by_runtime
+from quant_speed import by_runtime, calm
 from record import Benchmark, Figures, quartiles
 
 from nestling.config import DataConfig, ProfileConfig, RunConfig, SearchConfig
@@ -151,6 +151,7 @@ def bench_of(space: SearchSpace, folder: Path, options: argparse.Namespace, *, p
     )
     bench = Workbench(Run.create(folder / "run", config))
     bench.supernet = bench.new_supernet(pretrained=False).eval()
+    calm(bench.supernet.largest)
     return bench
 
 

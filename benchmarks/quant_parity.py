@@ -2,9 +2,10 @@
 
 For five families, ten random pairs of an arch and a policy (each block in w8a8 with a chance of 3 in 4, else
 in floats; no two alike): the same 1,000 test images of CIFAR-10, at 32 px, through the simulation and
-through the quantized file in ONNX Runtime. Networks have random weights, normalization of their own, and a
-classifier fitted in closed form (ridge regression on the labels of 2,000 training images): so that top-1 is
-far from chance, and ties between classes are as close as they get.
+through the quantized file in ONNX Runtime. Networks have random weights (residual branches weak beside their
+shortcuts, as training leaves them), normalization of their own, and a classifier fitted in closed form (ridge
+regression on the labels of 2,000 training images): so that top-1 is far from chance, and ties between classes
+are as close as they get.
 
 Claims, for each of the 50:
 
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from arch_switch import SPACES
-from quant_speed import blocks_of
+from quant_speed import blocks_of, calm
 from record import Benchmark, Figures
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def random_policy(graph: Graph, rng: random.Random) -> QuantPolicy:
 
 def compare(graph: Graph, policy: QuantPolicy, data: Any, device: Device, *, images: int) -> dict[str, Any]:
     """How the simulation and the file differ on the first `images` test images."""
-    scored = data.test.take(images)
+    scored = data.test().take(images)
     graph = split_gates(graph, policy)
     calibration = (b.images for b in data.train.calibration(CALIBRATION_IMAGES).at(PIXELS, batch_size=BATCH))
     ranges = observe(graph, policy, calibration, reduce_range=device.fingerprint.int8_saturates)
@@ -126,6 +127,7 @@ def measure(options: argparse.Namespace) -> Figures:
             kin = family(space.family)
             torch.manual_seed(0)
             supernet = Supernet(space, kin.build, layout=kin.layout)
+            calm(supernet.largest)
             found[name] = []
             seen: set[tuple[Arch, QuantPolicy]] = set()
             while len(found[name]) < options.pairs:

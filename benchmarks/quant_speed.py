@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from nestling.export import save_onnx, to_onnx
 from nestling.models.graph import Graph, trace
+from nestling.models.initialization import zero_last_norms
 from nestling.profile import connect
 from nestling.profile.worker import cpu_instructions, interleave, median_interval, pin
 from nestling.quant import QuantPolicy, insert_qdq, observe, split_gates
@@ -60,6 +61,8 @@ IMAGES = 16
 """From which batch normalization and ranges take their numbers."""
 SLOWER, FASTER = 1.03, 2.2
 PROFILED_CALLS = 30
+CALM = 0.2
+"""The scale of a residual branch's last normalization in `calm`."""
 TRIES = 12
 """Policies timed in the search for one that beats floats."""
 
@@ -75,6 +78,18 @@ def network_of(name: str, images: Tensor) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return recalibrate(network, [images])
+
+
+def calm(network: nn.Module) -> nn.Module:
+    """`network`, its residual branches weak beside their shortcuts, as training leaves them; in place.
+
+    An untrained deep network is chaotic: one number that is rounded the other way moves all logits.
+    """
+    zero_last_norms(network)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine and not module.weight.any():
+            nn.init.constant_(module.weight, CALM)
+    return network
 
 
 def smooth_images(count: int) -> Tensor:
@@ -201,12 +216,6 @@ class Bench:
         }
 
 
-def parts_of(graph: Graph) -> list[str]:
-    """The prefixes of the layers among which a policy chooses: single layers with weights of their own."""
-    weighted = [o.layer for o in graph.operators if o.kind in ("Conv", "Gemm") and o.weight is not None]
-    return list(dict.fromkeys(weighted))
-
-
 def blocks_of(graph: Graph) -> list[str]:
     """The prefixes of the blocks, and of what lies outside of them."""
     found = []
@@ -223,7 +232,8 @@ def search(bench: Bench, say: Callable[[str], None]) -> dict[str, Any]:
     gains is timed before it is believed.
     """
     image = bench.images[:1].numpy()
-    blocks = blocks_of(bench.graph)
+    weighted = tuple(f"{o.layer}." for o in bench.graph.operators if o.weight is not None)
+    blocks = [b for b in blocks_of(bench.graph) if any(layer.startswith(f"{b}.") for layer in weighted)]
     before = nodes_of(bench.floats, image)
     everywhere = bench.quantized(QuantPolicy((("", "w8a8"),)))
     after = nodes_of(everywhere, image)

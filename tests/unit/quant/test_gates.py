@@ -27,8 +27,8 @@ def swishing() -> Graph:
         nn.Flatten(), nn.Linear(64, 3),
     )  # fmt: skip
     with torch.no_grad():
-        for layer in (network[0], network[2]):
-            layer.weight.mul_(6)  # or no number would come near the ends of a gate
+        for name in ("0.weight", "2.weight"):
+            network.get_parameter(name).mul_(6)  # or no number would come near the ends of a gate
     return trace(network.eval(), resolution=6)
 
 
