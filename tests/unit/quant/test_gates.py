@@ -81,3 +81,23 @@ def test_a_gate_of_floats_is_left_as_it_is(swishing: Graph, pixels: Tensor) -> N
     split = split_gates(swishing, policy)
     model = insert_qdq(to_onnx(split), observe(split, policy, [pixels]))
     assert {"HardSwish", "HardSigmoid"} <= {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("gain", [1.0, 3.0, 7.0, 13.0, 25.0, 60.0])
+def test_the_gate_of_zero_is_rounded_alike_in_file_and_simulation(gain: float) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 3, 1, bias=False), nn.Hardsigmoid(), nn.Conv2d(3, 2, 1), nn.Flatten()
+    )
+    network.append(nn.Linear(32, 3)).eval()
+    images = gain * torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    images[:, :, ::2] = 0
+    with torch.no_grad():
+        network.get_parameter("0.weight").copy_(torch.eye(3)[:, :, None, None])
+    graph = split_gates(trace(network, resolution=4), ALL)
+    ranges = observe(graph, ALL, [images])
+    model = insert_qdq(to_onnx(graph, dynamic_batch=True), ranges)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    [got] = session.run(None, {"images": images.numpy()})
+    expected = simulate(graph, ranges).run(images).numpy()
+    assert np.median(np.abs(got - expected)) < 1e-5 * np.abs(expected).max()
