@@ -17,7 +17,7 @@ from nestling.models.graph import Graph, trace
 class Probe:
     """A network made of one kind of operator.
 
-    What has no weights lies between sums or after a convolution, where a runtime finds integers.
+    What has no weights lies after a convolution, where a runtime finds integers.
 
     Attributes:
         kind: the ONNX operator type; of convolutions with a group for each channel `depthwise Conv`.
@@ -63,22 +63,6 @@ def kind_of(operator: str, group: object) -> str:
     return "depthwise Conv" if operator == "Conv" and group != 1 else operator
 
 
-class _Steps(nn.Module):
-    """Calls `step(tensor, images)` some times, between two sums unless it has weights; flattens the end."""
-
-    def __init__(
-        self, step: Callable[[Tensor, Tensor], Tensor], *, repeats: int, between_sums: bool = True
-    ) -> None:
-        super().__init__()
-        self.step, self.repeats, self.between_sums = step, repeats, between_sums
-
-    def forward(self, images: Tensor) -> Tensor:
-        tensor = images + images if self.between_sums else images
-        for _ in range(self.repeats):
-            tensor = self.step(tensor, images)
-        return (tensor + tensor if self.between_sums else tensor).flatten(1)
-
-
 def _convolutions(channels: int, repeats: int) -> nn.Module:
     layers = [_high(nn.Conv2d(3 if i == 0 else channels, channels, 3, padding=1)) for i in range(repeats)]
     return nn.Sequential(*layers, nn.Flatten())
@@ -95,6 +79,21 @@ def _pools(pool: Callable[[], nn.Module]) -> Callable[[int, int], nn.Module]:
     return lambda channels, repeats: nn.Sequential(
         _high(nn.Conv2d(3, channels, 1)), *(pool() for _ in range(repeats)), nn.Flatten()
     )
+
+
+class _Steps(nn.Module):
+    """Calls `step(tensor, first)` some times, `first` being the result of `layer`, where it begins."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], *, repeats: int, layer: nn.Module) -> None:
+        super().__init__()
+        self.step, self.repeats, self.layer = step, repeats, layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        first: Tensor = self.layer(images)
+        tensor = first
+        for _ in range(self.repeats):
+            tensor = self.step(tensor, first)
+        return tensor.flatten(1)
 
 
 class _Linears(nn.Module):
@@ -117,12 +116,12 @@ def _high(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     return layer
 
 
-def _plain(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int, int], nn.Module]:
-    return lambda _, repeats: _Steps(step, repeats=repeats)
+def _steps(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int, int], nn.Module]:
+    return lambda channels, repeats: _Steps(step, repeats=repeats, layer=_high(nn.Conv2d(3, channels, 1)))
 
 
-def _alone(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int, int], nn.Module]:
-    return lambda _, repeats: _Steps(step, repeats=repeats, between_sums=False)
+def _products(_: int, repeats: int) -> nn.Module:
+    return _Steps(lambda tensor, images: tensor @ images, repeats=repeats, layer=nn.Identity())
 
 
 def _normalized(tensor: Tensor, _: Tensor) -> Tensor:
@@ -133,20 +132,20 @@ _PROBES = (
     Probe("Conv", _convolutions, small=(16, 8), large=(64, 28), repeats=3, weighted=True),
     Probe("depthwise Conv", _depthwise, small=(16, 8), large=(96, 28), repeats=4, weighted=True),
     Probe("Gemm", _Linears, small=(16, 16), large=(192, 192), repeats=2, weighted=True),
-    Probe("MatMul", _alone(lambda tensor, images: tensor @ images), large=(3, 96), repeats=3),
-    Probe("Add", _alone(lambda tensor, images: tensor + images)),
-    Probe("Mul", _alone(lambda tensor, images: tensor * images)),
-    Probe("Concat", _alone(lambda tensor, images: torch.cat([tensor, images], 1)), large=(3, 64)),
+    Probe("MatMul", _products, large=(3, 96), repeats=3),
+    Probe("Add", _steps(lambda tensor, first: tensor + first), (16, 8), (64, 56)),
+    Probe("Mul", _steps(lambda tensor, first: tensor * first), (16, 8), (64, 56)),
+    Probe("Concat", _steps(lambda tensor, first: torch.cat([tensor, first], 1)), (16, 8), (8, 64)),
     Probe("MaxPool", _pools(lambda: nn.MaxPool2d(3, 1, 1)), (16, 8), (64, 56), repeats=4),
     Probe("AveragePool", _pools(lambda: nn.AvgPool2d(2, 1)), (16, 8), (64, 56), repeats=4),
     Probe("GlobalAveragePool", _pools(lambda: nn.AdaptiveAvgPool2d(1)), (16, 8), (64, 112), repeats=1),
-    Probe("Relu", _plain(lambda tensor, images: F.relu(tensor + images))),
-    Probe("Sigmoid", _plain(lambda tensor, _: torch.sigmoid(tensor))),
-    Probe("HardSigmoid", _plain(lambda tensor, _: F.hardsigmoid(tensor))),
-    Probe("HardSwish", _plain(lambda tensor, _: F.hardswish(tensor))),
-    Probe("Gelu", _plain(lambda tensor, _: F.gelu(tensor))),
-    Probe("Softmax", _plain(lambda tensor, _: F.softmax(tensor, dim=-1))),
-    Probe("LayerNormalization", _plain(_normalized)),
+    Probe("Relu", _steps(lambda tensor, first: F.relu(tensor + first)), (16, 8), (64, 56)),
+    Probe("Sigmoid", _steps(lambda tensor, _: torch.sigmoid(tensor)), (16, 8), (64, 56)),
+    Probe("HardSigmoid", _steps(lambda tensor, _: F.hardsigmoid(tensor)), (16, 8), (64, 56)),
+    Probe("HardSwish", _steps(lambda tensor, _: F.hardswish(tensor)), (16, 8), (64, 56)),
+    Probe("Gelu", _steps(lambda tensor, _: F.gelu(tensor)), (16, 8), (64, 56)),
+    Probe("Softmax", _steps(lambda tensor, _: F.softmax(tensor, dim=-1)), (16, 8), (64, 56)),
+    Probe("LayerNormalization", _steps(_normalized), (16, 8), (64, 56)),
 )
 
 PROBES: Mapping[str, Probe] = MappingProxyType({probe.kind: probe for probe in _PROBES})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,17 +54,17 @@ def sum_gates(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     constants = {constant.name: numpy_helper.to_array(constant) for constant in model.graph.initializer}
     writers = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, set[str]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
+            readers.setdefault(name, []).append(node)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         read = writers.get(node.input[0]) if node.op_type == "HardSigmoid" else None
         if (
             read is None
             or read.op_type != "DequantizeLinear"
-            or readers[node.output[0]] != {"QuantizeLinear"}
+            or not all(_keeps_bytes(reader, readers) for reader in readers[node.output[0]])
         ):
             nodes.append(node)
             continue
@@ -77,6 +77,13 @@ def sum_gates(model: onnx.ModelProto) -> onnx.ModelProto:
         node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in wanted
     )
     return model
+
+
+def _keeps_bytes(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether `node` makes integers of 8 bits; of fewer, no sum could be fused with their Clip."""
+    return node.op_type == "QuantizeLinear" and all(
+        reader.op_type != "Clip" for reader in readers[node.output[0]]
+    )
 
 
 def _sum(

@@ -104,6 +104,7 @@ def test_a_bias_has_the_scale_of_the_products_it_is_added_to(graph: Graph, image
 
 @pytest.mark.parametrize("size", [0.0, 1e-20])
 def test_a_channel_without_weights_keeps_its_bias(size: float) -> None:
+    torch.manual_seed(0)
     convolution = nn.Conv2d(3, 2, 1)
     with torch.no_grad():
         convolution.weight[0] = size

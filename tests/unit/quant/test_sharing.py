@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
 from nestling.quant import QuantPolicy, Range, Recipe, observe, quantize
+from nestling.quant.gates import split_gates
 from nestling.quant.sharing import with_shared_bounds
 
 ALL = QuantPolicy((("", "w8a8"),))
@@ -27,7 +28,7 @@ def test_sums_along_a_residual_stream_share_their_range(graph: Graph, images: Te
 
 def test_a_recipe_may_ask_for_shared_ranges(graph: Graph, images: Tensor) -> None:
     found = quantize(graph, ALL, [images], recipe=Recipe(shared=("Add",))).ranges
-    shared = observe(graph, ALL, [images], shared=["Add"])
+    shared = observe(split_gates(graph, ALL), ALL, [images], shared=["Add"])
     assert found.keys() == shared.keys()
     assert all(same(found[name], shared[name]) for name in ("pool/MaxPool", "b.act2/Relu", "wide/Conv"))
 
