@@ -27,13 +27,22 @@ from nestling.train.distributed import ALONE, Ranks, joined, ranks_of
 from nestling.train.loop import train
 from nestling.train.records import TrainingRecord, read_records
 from nestling.train.sharing import PartOfStream
-from nestling.train.strategies import DelayedShrinking, Progress
+from nestling.train.strategies import Progress, make_strategy
 
 SPACE = SearchSpace("mobilenet", (Choice("hidden", (3, 5, 8)), Choice("depth", (1, 2))))
 CLASSES = 3
 SECONDS = 60
 TOY = Path(__file__).parents[1] / "toy.toml"
 STEPS = 12
+RECIPES: dict[str, dict[str, Any]] = {
+    "delayed-shrinking": {"switch": 0.5, "ramp_epochs": 1.0, "random_subnets": 1},
+    **{name: {"strategy": name} for name in ("progressive-shrinking", "single-path", "sandwich")},
+    "attentive": {"strategy": "attentive", "cost_bins": 3},
+    "worst-up": {"strategy": "attentive", "keeps": "worst", "cost_bins": 3},
+    "shifting": {"strategy": "shifting", "cost_bins": 3},
+    "once-for-all": {"strategy": "progressive-shrinking", "teachers": ("outside",)},
+}
+OTHERS = tuple(RECIPES)[1:]
 
 
 class Block(nn.Module):
@@ -91,22 +100,37 @@ def stop_at(step: int) -> Callable[[TrainingRecord, Progress], None]:
     return on_record
 
 
-def run(ranks: Ranks, folder: Path, *, until: int, seed: int = 3) -> None:
+def outside(images: Tensor) -> Tensor:
+    """A teacher that knows what brightness means."""
+    brightness = images.mean((1, 2, 3)).unsqueeze(1)
+    return (-4 * (brightness - torch.arange(CLASSES)).abs()).softmax(1)
+
+
+def hidden(arch: Arch) -> float:
+    """What an arch costs, for strategies that draw by it."""
+    return float(arch.integer("hidden") * arch.integer("depth"))
+
+
+def run(
+    ranks: Ranks, folder: Path, *, until: int, seed: int = 3, strategy: str = "delayed-shrinking"
+) -> None:
     """Trains from where `folder` left off; a step that is stopped at is lost, those before it are kept."""
     torch.manual_seed(7 + ranks.rank)  # weights differ before training: those of the first rank count
     config = TrainConfig(
-        epochs=STEPS / 4, lr=0.05, warmup_epochs=0.5, checkpoint_seconds=0.0, joint_norm=True, average=0.9
-    )
+        epochs=STEPS / 4, lr=0.05, warmup_epochs=0.5, checkpoint_seconds=0.0, joint_norm=True, average=0.9,
+        **RECIPES[strategy],
+    )  # fmt: skip
     try:
         train(
             Supernet(SPACE, Toy),
             PartOfStream(Stream(), ranks),
-            strategy=DelayedShrinking(switch=0.5, ramp_epochs=1.0, random_subnets=1),
+            strategy=make_strategy(config, space=SPACE, cost=hidden),
             config=config,
             batch_size=9,
             augment="none",
             seed=seed,
             folder=folder,
+            teachers=outside,
             ranks=ranks,
             on_record=stop_at(until + 1),
         )
@@ -117,12 +141,13 @@ def run(ranks: Ranks, folder: Path, *, until: int, seed: int = 3) -> None:
 def main(folder: Path, orders: list[list[Any]]) -> None:
     torch.set_num_threads(1)
     with joined(ranks_of(os.environ), timeout_seconds=SECONDS) as ranks:
-        for name, until in orders:
+        for name, until, *strategy in orders:
             # of the others' folders nothing is read, and nothing is written there
-            run(ranks, folder / name if ranks.first else folder / "others" / name, until=until)
+            place = folder / name if ranks.first else folder / "others" / name
+            run(ranks, place, until=until, **({"strategy": strategy[0]} if strategy else {}))
 
 
-def start(folder: Path, *orders: tuple[str, int]) -> None:
+def start(folder: Path, *orders: tuple[str, int] | tuple[str, int, str]) -> None:
     torchrun(__file__, str(folder), json.dumps(orders))
 
 
@@ -149,7 +174,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(ALONE, folder / "another seed", until=STEPS, seed=4)
     start(folder, ("two", STEPS), ("two, stopped", 5), ("two, stopped", STEPS), ("two, one, two", 4))
     run(ALONE, folder / "two, one, two", until=8)
-    start(folder, ("two, one, two", STEPS))
+    for strategy in OTHERS:
+        run(ALONE, folder / f"one, {strategy}", until=STEPS, strategy=strategy)
+    start(folder, ("two, one, two", STEPS), *((f"two, {name}", STEPS, name) for name in OTHERS))
     return folder
 
 
@@ -174,6 +201,15 @@ def test_two_ranks_train_as_one_does_also_where_their_number_changes(trained: Pa
     found, wanted = read_records(trained / name), read_records(trained / "one")
     assert [record.step for record in found] == [record.step for record in wanted] == [4, 8, 12]
     assert found[0].loss == pytest.approx(wanted[0].loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_two_ranks_take_the_same_decisions_as_one_by_every_strategy(trained: Path, strategy: str) -> None:
+    # who wins a contest, how far each is behind, what a frozen teacher says: all ask the other rank
+    one = weights(trained / f"one, {strategy}")
+    assert difference(weights(trained / f"two, {strategy}"), one) < 1e-5
+    shared = weights(trained / "one")  # by another strategy
+    assert difference({name: one[name] for name in shared}, shared) > 1e-2
 
 
 def test_two_ranks_that_were_stopped_end_with_the_same_weights_to_the_last_bit(trained: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nestling.data import Batch, TrainStream
 from nestling.train.distributed import Ranks, RanksError
-from nestling.train.evaluate import Accuracy, recalibrate, top1
+from nestling.train.evaluate import recalibrate
 
 T = TypeVar("T")
 
@@ -107,26 +107,6 @@ def recalibrate_together(network: nn.Module, images: Iterable[Tensor], *, ranks:
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(batches)
     return network.eval()
-
-
-def top1_together(network: nn.Module, batches: Iterable[Batch], *, ranks: Ranks) -> Accuracy:
-    """The accuracy of `network` on all `batches`, of which each rank scores every `world`-th.
-
-    `batches` are the same on every rank.
-
-    Raises:
-        ValueError: no images.
-        RanksError: another rank is gone.
-    """
-    if ranks.world == 1:
-        return top1(network, batches)
-    mine = _some(islice(batches, ranks.rank, None, ranks.world))
-    own = Accuracy(0, 0) if mine is None else top1(network, mine)
-    counts = torch.tensor([own.correct, own.total], dtype=torch.int64, device=ranks.device)
-    correct, total = ranks.sum(counts).tolist()
-    if not total:
-        raise ValueError("accuracy needs at least one image")
-    return Accuracy(correct, total)
 
 
 def _some(items: Iterator[T]) -> Iterator[T] | None:
