@@ -272,6 +272,33 @@ def test_a_subnet_computes_the_same_with_lent_and_with_its_own_weights(trained: 
         assert float((shared - own).abs().max()) == 0.0, arch.to_json()
 
 
+def gradients(trained: Trained, images: Tensor) -> dict[str, Tensor]:
+    """Those of all weights, for a weighted sum of the subnet's logits; the weights' own stay as they are."""
+    logits = trained.supernet.train()(images, trained.arch)
+    learning = dict(trained.supernet.largest.named_parameters())
+    loss = (logits * torch.linspace(-1, 1, 5)).sum()
+    found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    return {n: gradient for n, gradient in zip(learning, found, strict=True) if gradient is not None}
+
+
+def test_the_gradients_of_a_subnet_are_those_that_ordinary_convolutions_give(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = random_images(12, trained.images.shape[-1])
+    found = gradients(trained, images)
+    with monkeypatch.context() as patch:
+        # then every convolution is PyTorch's own, and none is ours
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        wanted = gradients(trained, images)
+    assert found.keys() == wanted.keys()
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        # of a bias before a normalization the gradient is 0, and what is found is rounding alone; that of 12
+        # images is amplified besides where a channel hardly varies (layers alone agree to 1e-5)
+        most = max(float(gradient.abs().max()), 1e-2 * scale)
+        assert float((found[name] - gradient).abs().max()) < 1e-2 * most, name
+
+
 def run_onnx(path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

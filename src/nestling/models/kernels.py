@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nestling.models.convolutions import depthwise
 
 
 def touching(kernel: int, *, stride: int, padding: int, size: int) -> tuple[int, int]:
@@ -41,7 +42,7 @@ class TouchingConv2d(nn.Conv2d):
             weight = weight.narrow(2, pad_y - low_y, low_y + high_y + 1)
         if low_x + high_x + 1 < weight.shape[3]:
             weight = weight.narrow(3, pad_x - low_x, low_x + high_x + 1)
-        return F.conv2d(input, weight, self.bias, self.stride, (low_y, low_x), 1, self.groups)
+        return depthwise(input, weight, self.bias, stride=(stride_y, stride_x), padding=(low_y, low_x))
 
 
 def compute_touching_part(network: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nestling.models.building import Build, build_shapes, own_tables
 from nestling.models.compiling import Call, call_lent
+from nestling.models.convolutions import compute_by_products
 from nestling.models.kernels import compute_touching_part
 from nestling.models.layouts import FindLayout, find_layout
 from nestling.models.lending import Cuts, lend, lend_buffers, plan_cuts
@@ -136,6 +137,7 @@ class Supernet(nn.Module):
             cuts, tables = self._cuts(network, arch), self._tables(network, arch)
             _forget_statistics(network)
             compute_touching_part(network)
+            compute_by_products(network)
             if is_largest:
                 regularize(network, dropout=self.dropout, drop_path=self.drop_path)
             borrower = _Borrower(

@@ -50,13 +50,17 @@ def test_gradients_of_a_subnet_are_those_of_its_plain_network(
     network = plain(supernet, arch)
     torch.autograd.backward((network(at_resolution(images, arch)) * weights).sum())
     lent = dict(supernet.largest.named_parameters())
+    scale = max(float(p.grad.abs().max()) for p in network.parameters() if p.grad is not None)
     for name, parameter in network.named_parameters():
         grad, expected = lent[name].grad, parameter.grad
         assert grad is not None
         assert expected is not None
         sizes = enumerate(zip(grad.shape, expected.shape, strict=True))
         index = tuple(lent_part(axis, large, small) for axis, (large, small) in sizes)
-        assert torch.equal(grad[index], expected), name
+        # few positions are computed otherwise than in a plain network: equal up to rounding, which is all
+        # that there is of a bias before a normalization
+        most = max(float(expected.abs().max()), 1e-2 * scale)
+        assert float((grad[index] - expected).abs().max()) < 1e-5 * most, name
         outside = grad.clone()
         outside[index] = 0
         assert not outside.any(), name
