@@ -16,9 +16,9 @@ Claims:
 3. It takes at most 0.6 times the same step with tensors in channels-first order and whole depthwise
    kernels, at 32 px.
 
-For 1 and 2 the plain networks have the supernet's two levers as well (channels-last order; depthwise
-kernels cropped to the part that can touch the map), so that what is left is the cost of lending; without
-the second is shown beside it.
+For 1 and 2 the plain networks have the supernet's levers as well (channels-last order; depthwise kernels
+cropped to the part that can touch the map; the products and strips of `nestling.models.convolutions`), so
+that what is left is the cost of lending; with the first alone is shown beside it.
 
     python benchmarks/lending_overhead.py [--check] [--repeats 21] [--threads 2]
 
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nestling.models.building import build_shapes
+from nestling.models.convolutions import compute_by_products
 from nestling.models.kernels import compute_touching_part
 from nestling.models.lending import lend
 from nestling.models.mobilenet import build
@@ -93,7 +94,7 @@ def ofa_space() -> SearchSpace:
 
 
 class ChannelsFirstSupernet(nn.Module):
-    """A supernet without the two levers: tensors in channels-first order, whole depthwise kernels."""
+    """A supernet without the levers: tensors in channels-first order, whole depthwise kernels."""
 
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
@@ -141,6 +142,7 @@ def plain_network(supernet: Supernet, arch: Arch, *, touching: bool) -> nn.Modul
     network = supernet.materialize(arch)
     if touching:
         compute_touching_part(network)
+        compute_by_products(network)
     return network.train()
 
 

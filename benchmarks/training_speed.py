@@ -39,6 +39,7 @@ from torch import Tensor
 from nestling.data.curriculum import EFFICIENTTRAIN, low_frequencies
 from nestling.models.building import build_shapes
 from nestling.models.compiling import Call, CompiledCall, call_lent
+from nestling.models.convolutions import compute_by_products
 from nestling.models.kernels import compute_touching_part
 from nestling.models.lending import lend
 from nestling.models.mobilenet import build
@@ -173,6 +174,7 @@ def measure_compiled(bench: Bench, *, repeats: int) -> dict[str, Figures]:
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
         compute_touching_part(network)
+        compute_by_products(network)
         shapes, compiled = dict(network.named_parameters()), CompiledCall(arch)
 
         def run(

@@ -104,7 +104,8 @@ class Supernet(nn.Module):
     def materialize(self, arch: Arch) -> nn.Module:
         """The plain network of `arch` with its own copy of the weights, in evaluation mode.
 
-        It computes what `forward` computes with lent weights, to the last bit. Its running statistics are cut
+        It computes what `forward` computes with lent weights: to the last bit, or up to rounding where
+        gradients are asked for on a CPU (see `nestling.models.convolutions`). Its running statistics are cut
         from the largest network's: recalibrate before use.
 
         Raises:
