@@ -2,40 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nestling.models.graph import Graph, Operator
+from nestling.models.operators import compute
+from nestling.quant.arithmetic import Rule, integer_rule
 from nestling.quant.ranges import Range
+from nestling.quant.regions import MOVING_KINDS, absorbing
+
+_EPSILON = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Action:
+    """One operator of the file, with the rectifier that the runtime makes part of it.
+
+    Attributes:
+        inputs: names of what it reads.
+        output: name of what it writes.
+        rule: takes and gives tensors as they are held: those with a range in steps, the others as floats.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    rule: Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Simulation:
-    """A graph whose constants are rounded to their ranges, and whose tensors are as they come.
+    """A graph as the runtime computes it: on integers where it has a kernel for them.
 
     Attributes:
-        graph: with rounded weights and biases.
-        ranges: of its tensors.
+        graph: with its constants in floats.
+        ranges: of its tensors and constants.
+        actions: in their order.
     """
 
     graph: Graph
     ranges: Mapping[str, Range]
+    actions: tuple[Action, ...]
 
     @torch.no_grad()
     def run(self, images: Tensor) -> Tensor:
         """The logits (N, classes) of `images` (N, 3, R, R) as the quantized file computes them.
 
-        Rounding is the runtime's; where it sums integers and this sums floats, a number that lies halfway
-        between two integers may fall to either.
-        """
-        return self.graph.run(images, after=self._round)
+        Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`. What it computes in
+        floats may differ in the last bit, and where such a number is rounded to an integer, by a step.
 
-    def _round(self, name: str, tensor: Tensor) -> Tensor:
-        found = self.ranges.get(name)
-        return tensor if found is None else found.nearest(tensor)
+        Raises:
+            ValueError: images of another shape.
+        """
+        return self.held(images, frozenset())[self.graph.output]
+
+    @torch.no_grad()
+    def held(self, images: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
+        """The logits, and the tensors called `names`, by name: those with a range in steps, others as floats.
+
+        A rectifier's input is not among them where the runtime computes both at once. Any other tensor is let
+        go as soon as its last reader has run.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        side = self.graph.resolution
+        if tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(f"this graph takes images (N, 3, {side}, {side}), not {tuple(images.shape)}")
+        unread = Counter(name for action in self.actions for name in action.inputs)
+        unread.update((self.graph.output, *names))
+        images = images.contiguous(memory_format=torch.channels_last)
+        found = self.ranges.get(self.graph.input)
+        tensors = {self.graph.input: images if found is None else found.steps(images)}
+        for action in self.actions:
+            tensors[action.output] = action.rule(*(tensors[name] for name in action.inputs))
+            for name in action.inputs:
+                unread[name] -= 1
+                if not unread[name]:
+                    del tensors[name]
+        return tensors
 
 
 def simulate(graph: Graph, ranges: Mapping[str, Range]) -> Simulation:
@@ -50,8 +100,7 @@ def simulate(graph: Graph, ranges: Mapping[str, Range]) -> Simulation:
     unknown = ranges.keys() - known
     if unknown:
         raise ValueError(f"a range for {min(unknown)!r}, which this graph does not have; observe this graph")
-    operators = tuple(rounded(operator, ranges) for operator in graph.operators)
-    return Simulation(replace(graph, operators=operators), ranges)
+    return Simulation(graph, ranges, tuple(_actions(graph, ranges)))
 
 
 def rounded(operator: Operator, ranges: Mapping[str, Range]) -> Operator:
@@ -61,6 +110,60 @@ def rounded(operator: Operator, ranges: Mapping[str, Range]) -> Operator:
         for name, constant in _constants(operator)
     )
     return replace(operator, weight=weight, bias=bias)
+
+
+def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
+    readers = graph.readers()
+    absorbed: set[str] = set()
+    for operator in graph.operators:
+        if operator.name in absorbed:
+            continue
+        chain = absorbing(readers, graph, operator)
+        last = chain[-1]
+        whole = operator.name not in ranges and _vanish(chain[1:], ranges.get(last.name))
+        written = last if whole else operator
+        rule = integer_rule(operator, ranges, ranges.get(written.name))
+        if rule is None:
+            written, rule = operator, _float_rule(operator, ranges)
+        else:
+            absorbed.update(part.name for part in chain if whole)
+        yield Action(operator.inputs, written.name, rule)
+
+
+def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
+    """Whether rounding to `written` cuts off all that `rectifiers` do, so that the runtime drops them.
+
+    It looks at the bytes that it stores, of which a range of fewer bits uses some.
+    """
+    if written is None:
+        return False
+    zero, scale = int(written.zero_point), float(written.scale)
+    low, high = (0, 255) if written.stored == "uint8" else (-128, 127)
+    return all(
+        zero == low
+        if operator.kind == "Relu"
+        else scale * (low - zero) >= operator.number("min") - _EPSILON
+        and scale * (high - zero) <= operator.number("max") + _EPSILON
+        for operator in rectifiers
+    )
+
+
+def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
+    """`operator` on floats, between the integers that it reads and writes."""
+    written = ranges.get(operator.name)
+    read = [ranges.get(name) for name in operator.inputs]
+    if operator.kind in MOVING_KINDS and written is not None:
+        (moved,) = read
+        if moved is not None and moved.equals(written):
+            return partial(compute, operator)
+    operator = rounded(operator, ranges)
+
+    def apply(*tensors: Tensor) -> Tensor:
+        numbers = (t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True))
+        result = compute(operator, *numbers)
+        return result if written is None else written.steps(result)
+
+    return apply
 
 
 def _constants(operator: Operator) -> tuple[tuple[str, Tensor | None], tuple[str, Tensor | None]]:

@@ -18,7 +18,7 @@ _FLOAT_OUTPUT_KINDS = {"Gemm", "MatMul"}
 # Those that are worth it by themselves; the others are only where what they read is integers anyway.
 _MULTIPLYING_KINDS = {"Conv", "Gemm", "MatMul"}
 # Kinds that only move numbers, so that what they write has the range of what they read.
-_MOVING_KINDS = {
+MOVING_KINDS = {
     "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
 }  # fmt: skip
 WEIGHT_AXES = {"Conv": 0, "Gemm": 0, "MatMul": 1}
@@ -48,7 +48,7 @@ def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolic
         format = policy.precision(operator.layer).activation
         if format is None:
             continue
-        written = _absorbing(readers, graph, operator)
+        written = absorbing(readers, graph, operator)[-1]
         floats_do = (
             operator.kind in _FLOAT_OUTPUT_KINDS
             and written is operator
@@ -72,8 +72,8 @@ def _runs_on_integers(graph: Graph, integer: list[Operator]) -> dict[Operator, N
         ):
             chosen[operator] = None
             if operator.kind not in _FLOAT_OUTPUT_KINDS:
-                held.add(_absorbing(readers, graph, operator).name)
-        elif operator.kind in _MOVING_KINDS and operator.inputs[0] in held:
+                held.add(absorbing(readers, graph, operator)[-1].name)
+        elif operator.kind in MOVING_KINDS and operator.inputs[0] in held:
             held.add(operator.name)
     return chosen
 
@@ -81,16 +81,19 @@ def _runs_on_integers(graph: Graph, integer: list[Operator]) -> dict[Operator, N
 def _is_read_by(chosen: Mapping[Operator, None], readers: Mapping[str, list[Operator]], name: str) -> bool:
     """Whether one of `chosen` reads tensor `name`, itself or what is moved from it."""
     return any(
-        reader in chosen or (reader.kind in _MOVING_KINDS and _is_read_by(chosen, readers, reader.name))
+        reader in chosen or (reader.kind in MOVING_KINDS and _is_read_by(chosen, readers, reader.name))
         for reader in readers[name]
     )
 
 
-def _absorbing(readers: Mapping[str, list[Operator]], graph: Graph, operator: Operator) -> Operator:
-    """What writes the result of `operator`: a rectifier that the runtime makes part of it, or itself."""
-    while (only := _only_reader(readers, graph, operator)) is not None and _is_absorbed(only, by=operator):
-        operator = only
-    return operator
+def absorbing(
+    readers: Mapping[str, list[Operator]], graph: Graph, operator: Operator
+) -> tuple[Operator, ...]:
+    """`operator`, and the rectifiers behind it that the runtime makes part of it; the last one writes."""
+    found = [operator]
+    while (only := _only_reader(readers, graph, found[-1])) is not None and _is_absorbed(only, by=found[-1]):
+        found.append(only)
+    return tuple(found)
 
 
 def _only_reader(readers: Mapping[str, list[Operator]], graph: Graph, operator: Operator) -> Operator | None:
@@ -109,7 +112,7 @@ def sources_of(graph: Graph, formats: Mapping[str, Format]) -> dict[str, str]:
 
     Where numbers are moved in several steps from one quantized tensor to another, it holds the steps between.
     """
-    movers = {operator.name: operator for operator in graph.operators if operator.kind in _MOVING_KINDS}
+    movers = {operator.name: operator for operator in graph.operators if operator.kind in MOVING_KINDS}
     sources = {name: name for name in formats}
     for name in formats:
         steps = [name]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nestling.models.graph import Graph, Operator
-from nestling.quant import Range, simulate
+from nestling.quant import Range
+from nestling.quant.fake import rounded
 from nestling.quant.walking import Reading, walk
 
 
@@ -16,21 +17,20 @@ def test_a_layer_is_given_what_the_float_and_the_quantized_network_hold(
     graph: Graph, uneven: Graph, coarse: Mapping[str, Range], images: Tensor
 ) -> None:
     floats: dict[str, Tensor] = {}
-    rounded: dict[str, Tensor] = {}
+    nearest: dict[str, Tensor] = {}
     uneven.run(images, after=lambda name, tensor: floats.setdefault(name, tensor))
-    simulation = simulate(uneven, coarse)
 
     def keep(name: str, tensor: Tensor) -> Tensor:
-        return rounded.setdefault(name, coarse[name].nearest(tensor) if name in coarse else tensor)
+        return nearest.setdefault(name, coarse[name].nearest(tensor) if name in coarse else tensor)
 
-    simulation.graph.run(images, after=keep)
+    replace(uneven, operators=tuple(rounded(o, coarse) for o in uneven.operators)).run(images, after=keep)
     seen = []
 
     def look(operator: Operator, reading: Reading) -> Operator:
         (read,) = operator.inputs
         assert torch.allclose(torch.cat(reading.exact), floats[read], rtol=1e-4, atol=1e-5)
         assert torch.allclose(torch.cat(reading.wanted), floats[operator.name], rtol=1e-4, atol=1e-4)
-        differs = (torch.cat(reading.rounded) - rounded[read]).abs() > 1e-5
+        differs = (torch.cat(reading.rounded) - nearest[read]).abs() > 1e-5
         assert differs.float().mean() < 0.01  # halves may fall either way
         assert reading.images == len(images)
         seen.append(operator.name)
