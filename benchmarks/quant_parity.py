@@ -108,6 +108,7 @@ def compare(graph: Graph, policy: QuantPolicy, data: Any, device: Device, *, ima
         "simulated_top1": round(float(hits[0].mean()), 5),
         "runtime_top1": round(float(hits[1].mean()), 5),
         "same_prediction": round(float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()), 5),
+        "identical": round(float((differences == 0).mean()), 5),
         "within_a_step": round(float((differences <= 1).mean()), 5),
         "median_steps": round(float(np.median(differences)), 5),
         "worst_steps": round(float(differences.max()), 3),
@@ -154,11 +155,13 @@ def points(row: Any) -> float:
 def line(name: str, rows: list[dict[str, Any]]) -> str:
     """One family's comparisons, for reading."""
     top1 = [row["runtime_top1"] for row in rows]
-    least = {key: 100 * min(row[key] for row in rows) for key in ("within_a_step", "same_prediction")}
+    told = ("within_a_step", "same_prediction", "identical")
+    least = {key: 100 * min(row[key] for row in rows) for key in told}
     return (
         f"{name:24} {len(rows)} pairs, top-1 {100 * min(top1):.1f} to {100 * max(top1):.1f}; differs by "
         f"at most {max(map(points, rows)):.1f} points; {least['within_a_step']:.2f} % of logits "
-        f"or more within a step; {least['same_prediction']:.1f} % of predictions or more alike"
+        f"or more within a step, {least['identical']:.2f} % or more the same to the last bit; "
+        f"{least['same_prediction']:.1f} % of predictions or more alike"
     )
 
 
@@ -181,7 +184,8 @@ def sentence(figures: Figures) -> str:
     return (
         f"{len(rows)} quantized subnets of {len(figures['families'])} families, {figures['images']} images: "
         f"top-1 of simulation and ONNX Runtime differ by at most {max(map(points, rows)):.1f} points, "
-        f"{100 * min(row['within_a_step'] for row in rows):.2f} % of logits or more agree to a step"
+        f"{100 * min(row['within_a_step'] for row in rows):.2f} % of logits or more agree to a step, in "
+        f"{sum(row['identical'] == 1 for row in rows)} of {len(rows)} all of them to the last bit"
     )
 
 
