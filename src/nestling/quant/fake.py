@@ -17,8 +17,6 @@ from nestling.quant.arithmetic import Rule, integer_rule
 from nestling.quant.ranges import Range
 from nestling.quant.regions import MOVING_KINDS, absorbing
 
-_EPSILON = float(np.finfo(np.float32).eps)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Action:
@@ -131,19 +129,22 @@ def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
 
 
 def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
-    """Whether rounding to `written` cuts off all that `rectifiers` do, so that the runtime drops them.
+    """Whether the bytes of `written` end where `rectifiers` do, so that the runtime drops them.
 
-    It looks at the bytes that it stores, of which a range of fewer bits uses some.
+    A range of fewer than 8 bits ends before its bytes; there the runtime computes the layer in floats.
     """
     if written is None:
         return False
-    zero, scale = int(written.zero_point), float(written.scale)
+    zero = int(written.zero_point)
     low, high = (0, 255) if written.stored == "uint8" else (-128, 127)
+
+    def byte(bound: float) -> float:
+        return float(np.rint(np.float32(bound) / np.float32(written.scale))) + zero
+
     return all(
         zero == low
         if operator.kind == "Relu"
-        else scale * (low - zero) >= operator.number("min") - _EPSILON
-        and scale * (high - zero) <= operator.number("max") + _EPSILON
+        else byte(operator.number("min")) <= low and byte(operator.number("max")) >= high
         for operator in rectifiers
     )
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -103,6 +104,40 @@ def test_operators_of_one_byte_are_simulated_to_the_last_bit(
     images = read.numbers(torch.arange(300).remainder(256).float().reshape(1, 3, 10, 10) - 100)
     got, _ = compute_file(insert_qdq(to_onnx(graph), ranges), images)
     assert np.array_equal(simulate(graph, ranges).run(images).numpy(), got)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "most", "on_integers"),
+    [
+        (6 / 255, 0, 6.0, True),
+        (6 / 255 * 1.0019, 0, 6.0, True),  # 6, rounded, is byte 255
+        (6 / 255 * 1.002, 0, 6.0, False),  # 254
+        (0.01, 1, 6.0, False),
+        (0.01, 1, None, False),
+        (0.01, 0, None, True),
+    ],
+)
+def test_a_rectifier_vanishes_where_the_runtime_drops_it(
+    scale: float, zero_point: int, most: float | None, on_integers: bool, compute_file: Compute
+) -> None:
+    torch.manual_seed(0)
+    act = nn.ReLU() if most is None else nn.Hardtanh(0.0, most)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), act, nn.Conv2d(4, 2, 1), nn.Flatten()).eval()
+    graph = trace(network, resolution=4)
+    images = 9 * torch.randn(16, 3, 4, 4)
+    ranges = dict(observe(graph, ALL, [images], reduce_range=True))
+    conv, rectifier = graph.operators[:2]
+    zero = torch.tensor(zero_point, dtype=torch.int32)
+    ranges[rectifier.name] = Range(torch.tensor(scale), zero, "uint8", None)
+    last = f"{graph.operators[2].name}.bias"
+    ranges[last] = replace(
+        ranges[last], scale=ranges[last.replace("bias", "weight")].scale * torch.tensor(scale)
+    )
+    got, kinds = compute_file(insert_qdq(to_onnx(graph, dynamic_batch=True), ranges), images)
+    assert kinds["QLinearConv"] == on_integers + 1
+    simulation = simulate(graph, ranges)
+    assert (conv.name in {action.output for action in simulation.actions}) != on_integers
+    assert np.allclose(simulation.run(images).numpy(), got, rtol=0, atol=1e-5 * float(np.abs(got).max()))
 
 
 def test_images_of_another_size_are_refused(graph: Graph, images: Tensor) -> None:
