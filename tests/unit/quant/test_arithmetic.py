@@ -282,6 +282,47 @@ def test_sums_beyond_what_float32_holds_are_rounded_once(
     assert torch.equal(got, expected.float())
 
 
+def tied_scales() -> tuple[Tensor, Tensor, Tensor]:
+    """Scales of two operands and of their product: `a * b / y` is 1/16, and just less in any other order."""
+    a, b = torch.tensor(0.0125), torch.tensor(0.0212)
+    y = a * b * 16
+    assert a * b / y == 0.0625
+    assert max(a * (b / y), a / y * b) < 0.0625
+    return a, b, y
+
+
+@pytest.mark.parametrize("kind", ["Mul", "MatMul", "Conv", "Gemm"])
+def test_scales_are_multiplied_from_left_to_right(kind: str, tmp_path: Path) -> None:
+    a, b, y = (float(scale) for scale in tied_scales())
+    ranges = {"a": range_of(a, 100), "b": range_of(b, 90), "y": range_of(y, 40)}
+    if kind in ("Mul", "MatMul"):
+        operator = Operator(kind, "y", ("a", "b"), "")
+        steps = {"a": steps_of(ranges["a"], 90, 90), "b": steps_of(ranges["b"], 90, 90, seed=1)}
+        assert_exact(operator, ranges, steps, {f"QLinear{kind}"}, tmp_path)
+        return
+    attributes: dict[str, Attribute] = {"transB": 1}
+    if kind == "Conv":
+        attributes = {"pads": (0,) * 4, "strides": (1, 1), "dilations": (1, 1), "group": 1}
+    shape = (64, 3, 1, 1) if kind == "Conv" else (64, 3)
+    operator, found = layer(
+        Operator(kind, "y", ("a",), "", attributes, whole(*shape, most=31)),
+        read=ranges["a"], written=ranges["y"], weight_scale=torch.tensor(b), axis=None,
+    )  # fmt: skip
+    steps = {"a": steps_of(ranges["a"], 60, 3, 9, 9) if kind == "Conv" else steps_of(ranges["a"], 900, 3)}
+    kinds = {"QLinearConv", "QGemm"}
+    assert_exact(operator, found, steps, kinds, tmp_path)
+
+
+def test_a_mean_is_scaled_by_one_quotient(tmp_path: Path) -> None:
+    """Of the sums of 9 bytes, 18 would give another integer if scale and count were divided by in turn."""
+    ranges = {"a": range_of(0.1869, 3), "y": range_of(0.1602, 5)}
+    sums = torch.arange(9 * 255 + 1)
+    maps = sums[:, None].add(torch.arange(9)).div(9, rounding_mode="floor")  # nine bytes of this sum
+    steps = {"a": maps.reshape(1, -1, 3, 3).float() - 3}
+    mean = Operator("GlobalAveragePool", "y", ("a",), "")
+    assert_exact(mean, ranges, steps, {"QLinearGlobalAveragePool"}, tmp_path)
+
+
 @pytest.mark.parametrize("missing", ["a", "y", "y.weight", "y.bias"])
 def test_a_layer_of_which_a_part_is_floats_has_no_rule(missing: str) -> None:
     attributes: dict[str, Attribute] = {"pads": (0,) * 4, "strides": (1, 1), "dilations": (1, 1), "group": 1}
