@@ -60,13 +60,13 @@ def integer_rule(operator: Operator, ranges: Mapping[str, Range], written: Range
             return None
         return _layer(operator, *constants, read[0], written)
     if operator.kind == "MatMul":
-        return _matrix_product(*read, written)
+        return _matrix_product(read[0], read[1], written)
     if written is None:
         return None
     if operator.kind == "Add":
-        return _sum(*read, written)
+        return _sum(read[0], read[1], written)
     if operator.kind == "Mul":
-        return _product(*read, written)
+        return _product(read[0], read[1], written)
     if operator.kind == "HardSigmoid" and written.limits in ((0, 255), (-128, 127)):
         return _gate(operator, read[0], written)
     if operator.kind == "GlobalAveragePool":

@@ -86,7 +86,7 @@ def test_operators_of_one_byte_are_simulated_to_the_last_bit(
         "MaxPool": {"kernel_shape": (3, 3), "strides": (1, 1), "pads": (1,) * 4, "ceil_mode": 0},
         "Concat": {"axis": 1},
     }
-    shapes = {"images": (1, 3, 10, 10)}
+    shapes: dict[str, tuple[int, ...]] = {"images": (1, 3, 10, 10)}
     operators = []
     inputs: tuple[str, ...] = ("images",)
     if kind == "Concat":
