@@ -49,7 +49,7 @@ def constant_ranges(
         read = activations[operator.inputs[0]]
         found = weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
         if operator.bias is not None:
-            found = _with_room_for(operator.bias, found, read)
+            found = with_room_for(operator.bias, found, read)
             scale = found.scale * read.scale
             ranges[f"{operator.name}.bias"] = Range(
                 scale, found.zero_point, "int32", None if found.axis is None else 0
@@ -104,9 +104,15 @@ def grouped_range(weight: Tensor, format: Format, *, axis: int) -> Range:
     return Range(scale, zero_point.int(), format.dtype, axis, format.group)
 
 
-def _with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
-    """`found` with scales so wide that `bias`, in integers of the products' scale, keeps to 32 bits."""
-    needed = bias.detach().abs().float().cpu() / (read.scale * 2.0**30)
+def with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
+    """`found`, a weight's, with scales so wide that `bias` keeps to 32 bits in the products' scale.
+
+    Args:
+        bias: of the layer.
+        found: the range of its weight.
+        read: the range of what it reads.
+    """
+    needed = bias.detach().abs().float().to(read.scale.device) / (read.scale.detach() * 2.0**30)
     if found.axis is None:
         needed = needed.amax()
     return Range(torch.maximum(found.scale, needed), found.zero_point, found.dtype, found.axis)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.export import to_onnx
+from nestling.models.graph import Graph
+from nestling.quant import QuantPolicy, Range, halve, insert_qdq, observe, place, simulate
+from nestling.quant.learning import LearnedGraph, Learning, Scales
+
+Compute = Callable[[onnx.ModelProto, Tensor], tuple[np.ndarray, Mapping[str, int]]]
+
+
+def policy(precision: str) -> QuantPolicy:
+    return QuantPolicy((("", precision),))
+
+
+def learned(
+    graph: Graph,
+    images: Tensor,
+    precision: str,
+    *,
+    scales: Scales = "learned",
+    margin: float | None = None,
+    reduce_range: bool = False,
+) -> LearnedGraph:
+    exact = halve(graph, policy(precision))
+    ranges = observe(place(exact, policy(precision)), policy(precision), [images], reduce_range=reduce_range)
+    how = Learning(policy(precision), scales=scales, margin=margin, reduce_range=reduce_range)
+    return LearnedGraph(exact, ranges, how)
+
+
+def train(network: LearnedGraph, images: Tensor, *, steps: int) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(steps):
+        loss = F.cross_entropy(network(images[:16]), torch.arange(16) % 5)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
+def simulated(network: LearnedGraph, images: Tensor) -> Tensor:
+    settled = network.settled()
+    return simulate(settled.graph, settled.ranges).run(images)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scales"),
+    [
+        ("w8a8", "learned"),
+        ("w8a8-tensor", "learned"),
+        ("w4a4", "learned"),
+        ("w4a4", "statistical"),
+        ("w8a8", "statistical"),
+        ("w4", "learned"),
+        ("w4", "statistical"),
+        ("ternary", "learned"),
+        ("fp4", "learned"),
+        ("bf16", "learned"),
+    ],
+)
+def test_what_is_trained_is_what_is_written_to_the_last_bit(
+    precision: str, scales: Scales, graph: Graph, images: Tensor
+) -> None:
+    network = learned(graph, images, precision, scales=scales)
+    train(network, images, steps=2)
+    assert torch.equal(network(images), simulated(network, images))
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_learned_scales_begin_where_they_were_observed(graph: Graph, images: Tensor) -> None:
+    ranges = observe(graph, policy("w4a4"), [images])
+    network = LearnedGraph(graph, ranges, Learning(policy("w4a4")))
+    assert torch.equal(network(images), simulate(graph, ranges).run(images))
+    settled = network.settled().ranges
+    assert settled.keys() == ranges.keys()
+    for name, found in settled.items():
+        assert torch.equal(found.scale, ranges[name].scale), name
+
+
+def test_training_in_few_bits_beats_rounding_afterwards(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w3a3")
+    exact = graph.run(images[:16])
+
+    def error() -> Tensor:
+        return F.mse_loss(network(images[:16]), exact)
+
+    before = error().item()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(7):
+        optimizer.zero_grad()
+        torch.autograd.backward(error())
+        optimizer.step()
+    assert error().item() < 0.7 * before
+
+
+def test_the_file_computes_what_was_trained(graph: Graph, images: Tensor, compute_file: Compute) -> None:
+    network = learned(graph, images, "w8a8")
+    train(network, images, steps=2)
+    settled = network.settled()
+    logits, used = compute_file(insert_qdq(to_onnx(settled.graph), settled.ranges), images[:1])
+    expected = simulate(settled.graph, settled.ranges).run(images[:1]).numpy()
+    assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
+    assert used["QLinearConv"] > 0
+    assert used["Conv"] == 0
+
+
+def test_what_moves_numbers_keeps_their_range(graph: Graph, images: Tensor) -> None:
+    ranges = observe(graph, policy("w8a8"), [images])
+    network = learned(graph, images, "w8a8")
+    train(network, images, steps=3)
+    settled = network.settled().ranges
+    movers = [o for o in graph.operators if o.kind in ("MaxPool", "Flatten") and o.name in ranges]
+    assert movers
+    for operator in movers:
+        assert torch.equal(settled[operator.name].scale, settled[operator.inputs[0]].scale)
+        assert not torch.equal(settled[operator.name].scale, ranges[operator.name].scale)
+
+
+def test_sums_with_one_scale_keep_it(graph: Graph, images: Tensor) -> None:
+    ranges = observe(graph, policy("w8a8"), [images], shared=["Add"])
+    network = LearnedGraph(graph, ranges, Learning(policy("w8a8")))
+    train(network, images, steps=3)
+    settled = network.settled().ranges
+    sums = [o for o in graph.operators if o.kind == "Add" and len(o.inputs) == 2]
+    assert sums
+    for operator in sums:
+        one, other = (settled[name].scale for name in operator.inputs)
+        assert torch.equal(one, other)
+
+
+def test_the_scale_of_a_bias_is_that_of_its_products(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w8a8")
+    train(network, images, steps=3)
+    settled = network.settled()
+    for operator in settled.graph.operators:
+        bias = settled.ranges.get(f"{operator.name}.bias")
+        if bias is not None:
+            of_weight = settled.ranges[f"{operator.name}.weight"].scale
+            assert torch.equal(bias.scale, of_weight * settled.ranges[operator.inputs[0]].scale)
+
+
+def test_seven_bits_are_kept_where_products_saturate(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w8a8", reduce_range=True)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(":weight"):
+                parameter.mul_(1.5)  # beyond 63 integers of scales that stay
+    settled = network.settled()
+    assert torch.equal(network(images), simulated(network, images))
+    for operator in settled.graph.operators:
+        found = settled.ranges.get(f"{operator.name}.weight")
+        if found is not None:
+            assert found.dtype == "int8"
+            integers = found.integers(operator.constant())
+            assert integers.max() == 63
+            assert integers.min() >= -64
+
+
+def test_a_scale_stays_above_zero(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w8a8")
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(":scale"):
+                parameter.fill_(-1.0)
+    assert bool(network(images).isfinite().all())
+    assert all(bool((found.scale > 0).all()) for found in network.settled().ranges.values())
+    before = {n: p.detach().clone() for n, p in network.named_parameters() if n.endswith(":scale")}
+    train(network, images, steps=1)
+    parameters = dict(network.named_parameters())
+    assert any(not torch.equal(parameters[name], old) for name, old in before.items())
+
+
+def test_with_a_margin_sure_weights_stay(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w4a4", scales="statistical", margin=0.02)
+    train(network, images, steps=1)
+    for name, parameter in network.named_parameters():
+        if name == "head/Conv:weight":
+            assert parameter.grad is not None
+            assert 0 < (parameter.grad != 0).float().mean() < 0.2
+
+
+def test_constants_that_are_no_weights_stay(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w8a8")
+    named = {name.split(":")[0] for name, _ in network.named_parameters() if not name.endswith(":scale")}
+    single = {o.name for o in graph.operators if o.weight is not None and o.weight.numel() == 1}
+    assert not named & single
+
+
+def test_a_margin_without_statistics_or_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="goes with statistical"):
+        Learning(policy("w4a4"), margin=0.1)
+    with pytest.raises(ValueError, match="above 0 and at most"):
+        Learning(policy("w4a4"), scales="statistical", margin=0.0)
+
+
+def test_numbers_that_are_not_finite_are_no_parameters(graph: Graph) -> None:
+    first, *others = graph.operators
+    table = replace(first, bias=torch.full_like(first.bias, torch.inf) if first.bias is not None else None)
+    ranges: dict[str, Range] = {}
+    network = LearnedGraph(replace(graph, operators=(table, *others)), ranges, Learning(QuantPolicy()))
+    names = {name for name, _ in network.named_parameters()}
+    assert f"{first.name}:weight".replace(".", ":") in names
+    assert f"{first.name}:bias".replace(".", ":") not in names
