@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -205,9 +205,10 @@ def finetune(
     teacher: Annotated[
         str | None,
         typer.Option(
-            metavar="largest|none|TIMM_NAME[=PATH]",
-            help="Whose soft labels it learns from: the supernet's largest network's, none, or a timm "
-            "model's, its weights in a file. [default: largest; none for the largest itself]",
+            metavar="largest|parent|none|TIMM_NAME[=PATH]",
+            help="Whose soft labels it learns from: the supernet's largest network's, with --qat its own in "
+            "floats (parent), none, or a timm model's, its weights in a file. [default: largest; none for "
+            "the largest itself; parent with --qat]",
         ),
     ] = None,
     teacher_weight: Annotated[
@@ -216,6 +217,19 @@ def finetune(
     labels_weight: Annotated[
         float | None, typer.Option(help="Of the labels. [default: 1, as in once-for-all]")
     ] = None,
+    qat: Annotated[
+        bool,
+        typer.Option(
+            "--qat", help="Train it in its precisions, scales and all; the file is what was trained."
+        ),
+    ] = False,
+    qat_method: Annotated[
+        Literal["lsq", "ofq"],
+        typer.Option(
+            help="lsq: learned scales. ofq: statistical scales of weights, undecided weights last, queries "
+            "and keys of vision transformers as one product.",
+        ),
+    ] = "lsq",
     as_json: AsJson = False,
 ) -> None:
     """Train one network further, or anew, and hand it over; continues where it was stopped."""
@@ -235,6 +249,7 @@ def finetune(
                 teacher=teacher,
                 teacher_weight=teacher_weight,
                 labels_weight=labels_weight,
+                qat=qat_method if qat else None,
             )
             card = pipeline.finetune(bench, found, asked, listener=listener)
     finally:

@@ -133,6 +133,9 @@ class TrainConfig(Part):
     """The curriculum's sides are multiples of it: a vision transformer's patch size, for one."""
     compile: bool = False
     """Whether the largest and the smallest network are compiled, which takes minutes."""
+    quantize: bool = False
+    """Whether networks train in the precisions that their archs choose: weights and activations are rounded
+    in training as they are afterwards."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     @model_validator(mode="after")
@@ -179,6 +182,11 @@ class TrainConfig(Part):
             raise ValueError(
                 "compile and joint_norm are both asked for, but a compiled network normalizes by its own "
                 "rank's images; set one of them to false"
+            )
+        if self.compile and self.quantize:
+            raise ValueError(
+                "compile and quantize are both asked for, but a compiled network is called as it is, without "
+                "its precisions; set one of them to false"
             )
         return self
 

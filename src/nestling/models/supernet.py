@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class _Borrower:
     cuts: Cuts
     tables: Mapping[str, Tensor]
     has_buffers: bool
+    call: Call
 
 
 class Supernet(nn.Module):
@@ -49,6 +50,8 @@ class Supernet(nn.Module):
         dropout: probability before the classifier, for the largest network in training only.
         drop_path: probability with which the last residual branch is dropped (earlier ones less, linearly:
             Huang et al. 2016, arXiv 1603.09382), for the largest network in training only.
+        calling: how the network of an arch is called in place of `call_lent`, where it is not None, such as
+            with its tensors rounded; asked once for every arch in the cache.
 
     Raises:
         ValueError: dropout or drop_path is asked for, and the network has no place for it; or `largest` has
@@ -64,6 +67,7 @@ class Supernet(nn.Module):
         largest: nn.Module | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        calling: Callable[[Arch], Call | None] | None = None,
     ) -> None:
         super().__init__()
         self.space = space
@@ -71,6 +75,7 @@ class Supernet(nn.Module):
         self.layout = layout
         self.dropout = dropout
         self.drop_path = drop_path
+        self.calling = calling
         if largest is not None:
             _check_shapes(largest, build_shapes(build, space.largest))
         network = build(space.largest) if largest is None else largest
@@ -99,7 +104,8 @@ class Supernet(nn.Module):
         if borrower.has_buffers:
             lent |= lend_buffers(_buffers(self.largest), borrower.network, cuts=borrower.cuts)
             lent |= {name: table.to(images.device) for name, table in borrower.tables.items()}
-        return self.calls.get(arch, call_lent)(borrower.network, lent, at_resolution(images, at))
+        call = self.calls.get(arch, borrower.call)
+        return call(borrower.network, lent, at_resolution(images, at))
 
     def materialize(self, arch: Arch) -> nn.Module:
         """The plain network of `arch` with its own copy of the weights, in evaluation mode.
@@ -141,8 +147,14 @@ class Supernet(nn.Module):
             compute_by_products(network)
             if is_largest:
                 regularize(network, dropout=self.dropout, drop_path=self.drop_path)
+            call = None if self.calling is None else self.calling(arch)
             borrower = _Borrower(
-                network, _parameters(network), cuts, tables, has_buffers=bool(list(network.buffers()))
+                network,
+                _parameters(network),
+                cuts,
+                tables,
+                has_buffers=bool(list(network.buffers())),
+                call=call or call_lent,
             )
             self._borrowers[key] = borrower
             if len(self._borrowers) > CACHED_SHAPES:

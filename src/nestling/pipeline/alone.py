@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from nestling.config import TrainConfig
+from nestling.models.building import Build
+from nestling.models.layouts import Layout
 from nestling.models.supernet import Supernet
 from nestling.pipeline.asked import float_space
 from nestling.pipeline.counting import counted
@@ -103,6 +105,7 @@ def train_network(
     teachers: SoftLabels | None,
     folder: Path,
     listener: Listener,
+    build: Build | None = None,
 ) -> nn.Module:
     """The network of `arch`, trained by itself on the run's images; not recalibrated yet.
 
@@ -117,6 +120,7 @@ def train_network(
         teachers: outside the network.
         folder: for checkpoints and records.
         listener: hears of every step.
+        build: makes a network like `begins`, where that is not one of the run's family.
 
     Raises:
         TrainingStopped: the loss runs away.
@@ -125,11 +129,12 @@ def train_network(
     torch.manual_seed(bench.config.seed)
     supernet = Supernet(
         space,
-        bench.family.build,
-        layout=bench.family.layout,
+        bench.family.build if build is None else build,
+        layout=bench.family.layout if build is None else _whole,
         largest=begins,
         dropout=config.dropout,
         drop_path=config.drop_path,
+        calling=bench.calling if config.quantize else None,
     ).to(bench.torch_device)
     with counted(bench, teachers=teachers) as account:
         train(
@@ -151,3 +156,9 @@ def train_network(
     if bench.ranks.first:
         write_atomically(folder / "training.json", json.dumps(told, indent=2).encode())
     return supernet.materialize(space.largest)
+
+
+def _whole(network: nn.Module, arch: Arch) -> Layout:
+    """No axis is made of parts: nothing is cut where there is one arch."""
+    del network, arch
+    return {}

@@ -1,8 +1,9 @@
 """Training one network of a finished run further, or anew, and handing it over beside the exported ones.
 
-It lies in `exports/KEY-tuned-HASH` (`KEY-scratch-HASH`), HASH being that of the arch and of all settings: the
-same command finds its own checkpoints, and another one spoils nothing. `model_before.onnx` there is the same
-network with the supernet's weights; what is said of before and after was measured on these two files.
+It lies in `exports/KEY-tuned-HASH` (`KEY-scratch-HASH`, `KEY-qat-HASH`), HASH being that of the arch and of
+all settings: the same command finds its own checkpoints, and another one spoils nothing. `model_before.onnx`
+there is the same network with the supernet's weights; what is said of before and after was measured on these
+two files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from nestling.pipeline.alone import new_weights, recipe_alone, train_network
 from nestling.pipeline.candidate import score, verify_candidate, write_candidate
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import hand_over
+from nestling.pipeline.quantized_training import Method, defaults, record_folders, train_quantized
 from nestling.pipeline.workbench import Workbench, macs_of
+from nestling.run import write_atomically
 from nestling.space import Arch
 from nestling.train.evaluate import recalibrate
 from nestling.train.strategies import Alone
@@ -31,7 +34,7 @@ from nestling.train.teachers import SoftLabels, Teacher, load_teacher
 
 CHECKPOINTS = "finetuning"
 """The folder of checkpoints of what is not finished."""
-LARGEST, NONE = "largest", "none"
+LARGEST, PARENT, NONE = "largest", "parent", "none"
 EPOCHS = 25.0
 """Once-for-all's authors train a searched subnet on for 25 epochs, or 75 (arXiv 1908.09791)."""
 LR_PART = 0.1
@@ -48,9 +51,11 @@ class Tuning:
             goes on from the supernet's weights.
         epochs: of the run's training images.
         lr: the highest learning rate.
-        teacher: `largest` (the supernet's largest network), `none`, or timm's name of a model and `=PATH`.
+        teacher: `largest` (the supernet's largest network), `parent` (this network in floats, as it is),
+            `none`, or timm's name of a model and `=PATH`.
         teacher_weight: of the loss against the teacher's soft labels.
         labels_weight: of the loss against the labels.
+        qat: how it is trained in its precisions, see `nestling.pipeline.quantized_training`; None: in floats.
     """
 
     from_scratch: bool
@@ -59,6 +64,7 @@ class Tuning:
     teacher: str
     teacher_weight: float
     labels_weight: float
+    qat: Method | None = None
 
 
 def tuning(
@@ -71,27 +77,36 @@ def tuning(
     teacher: str | None = None,
     teacher_weight: float | None = None,
     labels_weight: float | None = None,
+    qat: Method | None = None,
 ) -> Tuning:
     """How `arch` is trained, what is None being as it mostly should be.
 
-    That is: 25 epochs, and a tenth of the run's learning rate; from scratch, the run's own. The largest
-    network teaches all others; labels and teacher weigh 1 each, as in once-for-all (arXiv 1908.09791).
+    That is: 25 epochs, and a tenth of the run's learning rate; from scratch, the run's own; in its
+    precisions, see `nestling.pipeline.quantized_training.defaults`. The largest network teaches all others,
+    and a network that is trained in its precisions learns from itself in floats; labels and teacher weigh 1
+    each, as in once-for-all (arXiv 1908.09791).
 
     Raises:
-        ConfigError: a number that cannot be used, or nothing to learn from.
+        ConfigError: a number that cannot be used, nothing to learn from, or no layers in integers.
     """
     own = bench.config.train
-    itself = not from_scratch and _is_largest(bench, arch)
-    who = teacher or (NONE if itself else LARGEST)
+    if qat is not None and from_scratch:
+        raise ConfigError("from scratch and qat are both asked for; few bits begin from a trained network")
+    itself = not from_scratch and qat is None and _is_largest(bench, arch)
+    who = teacher or (PARENT if qat is not None else NONE if itself else LARGEST)
+    if who == PARENT and qat is None:
+        raise ConfigError("teacher is 'parent', which is for qat: without it a network has none but itself")
+    usual_epochs, lr_part = (EPOCHS, LR_PART) if qat is None else defaults(bench, arch)
     if who == NONE and teacher_weight is not None:
         raise ConfigError(f"teacher_weight is {teacher_weight:g}, but there is no teacher; leave it out")
     asked = Tuning(
         from_scratch=from_scratch,
-        epochs=(own.epochs if from_scratch else EPOCHS) if epochs is None else epochs,
-        lr=(own.lr if from_scratch else LR_PART * own.lr) if lr is None else lr,
+        epochs=(own.epochs if from_scratch else usual_epochs) if epochs is None else epochs,
+        lr=(own.lr if from_scratch else lr_part * own.lr) if lr is None else lr,
         teacher=who,
         teacher_weight=(0.0 if who == NONE else 1.0) if teacher_weight is None else teacher_weight,
         labels_weight=1.0 if labels_weight is None else labels_weight,
+        qat=qat,
     )
     for name in ("epochs", "lr", *(() if who == NONE else ("teacher_weight",))):
         value = asdict(asked)[name]
@@ -110,9 +125,14 @@ def tuning(
 
 def finetuned_name(arch: Arch, asked: Tuning) -> str:
     """The name under which `arch`, trained as asked, is handed over; other settings give another name."""
-    told = json.dumps([arch.to_json(), asdict(asked)])
-    how = "scratch" if asked.from_scratch else "tuned"
+    told = json.dumps([arch.to_json(), _settings(asked)])
+    how = "qat" if asked.qat is not None else "scratch" if asked.from_scratch else "tuned"
     return f"{arch.key}-{how}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+
+
+def _settings(asked: Tuning) -> dict[str, Any]:
+    """What was asked, by name; of what came later only what is set: names must stay as they were."""
+    return {name: value for name, value in asdict(asked).items() if name != "qat" or value is not None}
 
 
 def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener) -> dict[str, Any]:
@@ -121,7 +141,7 @@ def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener)
     Continues where it was stopped; what is finished is not done again. Beside a member's figures they hold
     `finetuning`: what was asked, what it cost, and the accuracy before and after, on the search images, by
     which `arch` may have been chosen, and on the test images. Precisions are those of `arch`: its ranges are
-    observed anew, after training in float.
+    observed anew, after training in floats, or learned with `asked.qat`.
 
     Raises:
         RunError: the supernet's training is not finished.
@@ -138,7 +158,7 @@ def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener)
     if known is not None and model.exists() and file_key(model) == known["sha256"]:
         listener.note(f"{name} is finished already")
     else:
-        teachers = _teachers(bench, asked)
+        teachers = _teachers(bench, arch, asked)
         with bench.timed("finetune"):
             _finetune(bench, arch, asked, teachers, name=name, listener=listener)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -157,9 +177,16 @@ def _finetune(
     listener.stage(f"score {arch.key} as it is")
     folder, checkpoints = bench.run.exports / name, bench.run.folder / CHECKPOINTS / name
     # a network that cannot be handed over is refused here, before it is trained
-    before = _accuracies(bench, write_candidate(bench, arch, folder / "model_before.onnx").path, arch)
+    as_it_is = write_candidate(bench, arch, folder / "model_before.onnx")
+    before = _accuracies(bench, as_it_is.path, arch)
 
-    listener.stage("train from scratch" if asked.from_scratch else "fine-tune")
+    listener.stage(
+        "train from scratch"
+        if asked.from_scratch
+        else "fine-tune"
+        if asked.qat is None
+        else f"train in few bits ({asked.qat})"
+    )
     steps = max(1, round(asked.epochs * bench.data.train.steps_per_epoch(bench.config.data.batch_size)))
     macs = (
         steps
@@ -167,26 +194,42 @@ def _finetune(
         * (BACKWARD * bench.macs(arch) + (macs_of(teachers, bench.data.size) if teachers else 0))
     )
     listener.note(f"{name}: {steps:,} steps, {macs:.3g} MACs")
-    network = train_network(
-        bench,
-        arch,
-        begins=new_weights(bench, arch) if asked.from_scratch else bench.supernet.materialize(arch),
-        strategy=Alone(teacher=asked.teacher_weight, labels=asked.labels_weight),
-        config=_recipe(bench, arch, asked),
-        teachers=teachers,
-        folder=checkpoints,
-        listener=listener,
-    )
+    strategy = Alone(teacher=asked.teacher_weight, labels=asked.labels_weight)
+    told = {"nestling.finetuned": json.dumps(_settings(asked))}
+    if asked.qat is not None:
+        candidate, spent = train_quantized(
+            bench,
+            as_it_is,
+            folder / "model.onnx",
+            method=asked.qat,
+            strategy=strategy,
+            config=_recipe(bench, arch, asked),
+            teachers=teachers,
+            folder=checkpoints,
+            listener=listener,
+            told=told,
+        )
+    else:
+        network = train_network(
+            bench,
+            arch,
+            begins=new_weights(bench, arch) if asked.from_scratch else bench.supernet.materialize(arch),
+            strategy=strategy,
+            config=_recipe(bench, arch, asked),
+            teachers=teachers,
+            folder=checkpoints,
+            listener=listener,
+        )
+        candidate = write_candidate(bench, arch, folder / "model.onnx", network=network)
+        save_onnx(with_metadata(load_onnx(candidate.path), told), candidate.path)
+        candidate = replace(candidate, worst_error=verify_candidate(bench, candidate))
+        spent = json.loads((checkpoints / "training.json").read_text())["spent"]
 
     listener.stage("export")
-    candidate = write_candidate(bench, arch, folder / "model.onnx", network=network)
-    told = {"nestling.finetuned": json.dumps(asdict(asked))}
-    save_onnx(with_metadata(load_onnx(candidate.path), told), candidate.path)
-    candidate = replace(candidate, worst_error=verify_candidate(bench, candidate))
     after = _accuracies(bench, candidate.path, arch)
-    shutil.copyfile(checkpoints / "records.jsonl", folder / "training.jsonl")
-    spent = json.loads((checkpoints / "training.json").read_text())["spent"]
-    more = {"finetuning": {**asdict(asked), "spent": spent, "before": before, "after": after}}
+    records = [(part / "records.jsonl").read_bytes() for part in record_folders(checkpoints)]
+    write_atomically(folder / "training.jsonl", b"".join(records))
+    more = {"finetuning": {**_settings(asked), "spent": spent, "before": before, "after": after}}
     hand_over(bench, candidate, search_top1=after["search_top1"], more=more)
 
 
@@ -205,14 +248,14 @@ def _recipe(bench: Workbench, arch: Arch, asked: Tuning) -> TrainConfig:
     return recipe.model_copy(update=changed)
 
 
-def _teachers(bench: Workbench, asked: Tuning) -> SoftLabels | None:
-    """The teacher's soft labels; the largest network is frozen, with its statistics over training images."""
+def _teachers(bench: Workbench, arch: Arch, asked: Tuning) -> SoftLabels | None:
+    """The teacher's soft labels; a network of the run is frozen, with its statistics over training images."""
     if asked.teacher == NONE:
         return None
-    if asked.teacher == LARGEST:
-        largest = bench.space.largest
-        side = bench.resolution(largest)
-        network = recalibrate(bench.supernet.materialize(largest), bench.recalibration_images(side))
+    if asked.teacher in (LARGEST, PARENT):
+        frozen = bench.space.largest if asked.teacher == LARGEST else arch
+        side = bench.resolution(frozen)
+        network = recalibrate(bench.supernet.materialize(frozen), bench.recalibration_images(side))
         teacher = Teacher(network, side, bench.data.mean, bench.data.std)
     else:
         try:

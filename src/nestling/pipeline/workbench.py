@@ -15,10 +15,12 @@ from torch import Tensor
 from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
 from nestling.models.building import build_shapes
+from nestling.models.compiling import Call
 from nestling.models.cost import cost
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.checking import check_space
+from nestling.pipeline.rounding import rounded_calls
 from nestling.profile import Device, MeasurementStore, connect
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, Value, load_space, save_space
@@ -201,8 +203,21 @@ class Workbench:
             largest=given,
             dropout=config.dropout,
             drop_path=config.drop_path,
+            calling=self.calling,
         )
         return supernet.to(self.torch_device)
+
+    @cached_property
+    def calling(self) -> Callable[[Arch], Call | None] | None:
+        """How subnets are called in training, where they train in their precisions (`train.quantize`).
+
+        Raises:
+            ConfigError: no arch of the space has layers in integers.
+            ValueError: an unknown precision.
+        """
+        if not self.config.train.quantize:
+            return None
+        return rounded_calls(self.family, self.space, keep=self.config.quant.keep)
 
     @cached_property
     def supernet(self) -> Supernet:

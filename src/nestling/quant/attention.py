@@ -5,7 +5,7 @@ OFQ's query-key reparameterization, Liu et al. 2023, arXiv 2302.02210.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +32,13 @@ class Factors:
 
 
 @torch.no_grad()
-def reparameterize(graph: Graph) -> tuple[Graph, Mapping[str, Factors]]:
+def reparameterize(
+    graph: Graph, *, only: Callable[[str], bool] = lambda _: True
+) -> tuple[Graph, dict[str, Factors]]:
     """`graph` with queries and keys as one product wherever a fused projection makes them, and its factors.
+
+    An attention is `softmax((q * scale) k')` of one linear layer's thirds, with nothing in between; what
+    computes otherwise stays as it is, and a graph without any is returned itself.
 
     The product of query `Wq x + q` and key `Wk z + k` is, up to what is the same for all keys and vanishes
     in the softmax, that of `Wk' (Wq x + q)` and `z`: so one layer with the weight `Wk' Wq` of each head takes
@@ -42,19 +47,18 @@ def reparameterize(graph: Graph) -> tuple[Graph, Mapping[str, Factors]]:
 
     It takes more multiplications: for H heads of D channels in C, `H C C` a token in place of `2 H D C`.
 
+    Args:
+        graph: of floats.
+        only: whether the layer of this name, a fused projection, is to be rewritten.
+
     Returns:
         The graph; and operator -> the factors of its weight, for every attention that was found.
-
-    Raises:
-        ValueError: no attention of that kind: `softmax((q * scale) k')` of one linear layer's thirds, with
-            nothing in between.
     """
     found = [place for operator in graph.operators if (place := _find(graph, operator)) is not None]
-    if not found:
-        raise ValueError("query-key reparameterization finds no attention with a fused projection of q, k, v")
     factors: dict[str, Factors] = {}
     for place in found:
-        graph = _rewritten(graph, place, factors)
+        if only(place.projection.layer):
+            graph = _rewritten(graph, place, factors)
     return graph, factors
 
 

@@ -14,7 +14,8 @@ from nestling.quant.ranges import Range, in_blocks, rows
 def nearest(tensor: Tensor, found: Range, *, slope: float) -> Tensor:
     """What `found` makes of `tensor`, bit for bit, with LSQ's gradients.
 
-    To a number within the range the gradient passes unchanged, to one beyond it not at all. That of the scale
+    To a number within the range, its ends included, the gradient passes unchanged, to one beyond it not at
+    all. That of the scale
     is the sum over its numbers of the distance to the nearest integer, or of the integer at which they are
     cut off, times `slope` (LSQ, Esser et al. 2020, arXiv 1902.08153).
 
@@ -94,6 +95,10 @@ def _rounded(tensor: Tensor, found: Range, *, slope: float, cut: bool, margin: f
     return result
 
 
+_AT_THE_END = 1e-3
+"""In steps, how far beyond an end of a range a number lies that set this end: division rounds."""
+
+
 class _Nearest(torch.autograd.Function):
     """The arithmetic of `Range.nearest`, operation by operation."""
 
@@ -121,7 +126,7 @@ class _Nearest(torch.autograd.Function):
         (grad,) = grads
         steps = tensor.div(scale)
         positions = steps + zero_point
-        inside = (positions > low) & (positions < high)
+        inside = (positions >= low - _AT_THE_END) & (positions <= high + _AT_THE_END)
         of_tensor = of_scale = None
         if ctx.needs_input_grad[0]:
             of_tensor = grad * inside if cut else grad

@@ -90,6 +90,8 @@ def test_the_file_computes_it_on_integers(images: Tensor, compute_file: Compute)
     assert used["MatMul"] == 0
 
 
-def test_a_network_without_such_attention_is_refused(graph: Graph) -> None:
-    with pytest.raises(ValueError, match="finds no attention"):
-        reparameterize(graph)
+def test_what_is_no_such_attention_stays(graph: Graph) -> None:
+    assert reparameterize(graph) == (graph, {})
+    with_one = traced()
+    assert reparameterize(with_one, only=lambda layer: layer != "attention.qkv") == (with_one, {})
+    assert reparameterize(with_one, only=lambda layer: layer == "attention.qkv") != (with_one, {})
