@@ -32,6 +32,9 @@ _SMALLEST_SCALE = 2.0**-10
 _WITH_WEIGHTS = {
     "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "InstanceNormalization", "PRelu", "Expand",
 }  # fmt: skip
+_MOVERS = {
+    "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
+}  # fmt: skip
 _WITH_TABLES = {"Add", "Mul"}
 """Kinds whose constant learns where it has several numbers: positions, scales of layers."""
 
@@ -84,6 +87,14 @@ class LearnedGraph(nn.Module):
         self._graph, self._ranges, self._how = graph, ranges, how
         self._smallest: dict[str, Tensor] = {}
         self._tied = _tied(graph, ranges)
+        # what is moved within a range is rounded already
+        self._moved = {
+            operator.name
+            for operator in graph.operators
+            if operator.kind in _MOVERS
+            and operator.name in self._tied
+            and self._tied[operator.name] == self._tied.get(operator.inputs[0])
+        }
         for operator in graph.operators:
             factors = how.factors.get(operator.name)
             if factors is not None:
@@ -150,7 +161,7 @@ class LearnedGraph(nn.Module):
         )
 
     def _round(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._tied:
+        if name not in self._tied or name in self._moved:
             return tensor
         slope = slope_of(self._ranges[name], math.prod(self._graph.shapes[name]))
         return nearest(tensor, self._range(name), slope=slope)

@@ -125,17 +125,17 @@ class _Nearest(torch.autograd.Function):
         low, high, _, slope, cut, margin = ctx.settings
         (grad,) = grads
         steps = tensor.div(scale)
-        positions = steps + zero_point
-        inside = (positions >= low - _AT_THE_END) & (positions <= high + _AT_THE_END)
+        ends = steps.clamp(low - zero_point - _AT_THE_END, high - zero_point + _AT_THE_END)
+        inside = ends == steps
         of_tensor = of_scale = None
         if ctx.needs_input_grad[0]:
             of_tensor = grad * inside if cut else grad
             if margin is not None:
                 of_tensor = of_tensor * ((steps - steps.floor() - 0.5).abs() <= margin)
         if ctx.needs_input_grad[1]:
-            ends = positions.clamp(low, high).sub_(zero_point)
-            moved = torch.where(inside, steps.round().sub_(steps), ends)
-            of_scale = (grad * moved).sum_to_size(scale.shape).mul_(slope).to(scale.dtype)
+            # within: how far to the nearest integer; beyond: the integer at the end
+            moved = ends.round().sub_(ends.mul_(inside)).mul_(grad)
+            of_scale = moved.sum_to_size(scale.shape).mul_(slope).to(scale.dtype)
         return of_tensor, of_scale, None, None
 
 

@@ -9,12 +9,11 @@ from torch import Tensor
 from nestling.config import ConfigError, load_config
 from nestling.models.families import family
 from nestling.models.supernet import Supernet
-from nestling.pipeline.listening import Silent
 from nestling.pipeline.rounding import rounded_calls
-from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run
 from nestling.space import Arch, SearchSpace, load_space
+from nestling.train.loop import train
 from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress
 
@@ -30,13 +29,6 @@ def run(folder: Path, *settings: str) -> Workbench:
         *settings,
     ]
     return Workbench(Run.create(folder, load_config(TOY, overrides=given)))
-
-
-class Stopping(Silent):
-    def training(self, record: TrainingRecord, progress: Progress) -> None:
-        del progress
-        if record.step == 2:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +90,39 @@ def test_a_space_of_floats_is_refused(space: SearchSpace) -> None:
     assert calling(floats.smallest) is not None
 
 
+def trained(bench: Workbench, *, until: int | None = None) -> dict[str, Tensor]:
+    """The weights after the run's training, or after so many steps of it."""
+
+    def stop(record: TrainingRecord, progress: Progress) -> None:
+        del progress
+        if record.step == until:
+            raise KeyboardInterrupt
+
+    supernet = bench.new_supernet()
+    try:
+        train(
+            supernet,
+            bench.data.train,
+            strategy=bench.strategy,
+            config=bench.config.train,
+            batch_size=64,
+            augment="shift",
+            seed=0,
+            folder=bench.checkpoints,
+            on_record=stop,
+        )
+    except KeyboardInterrupt:
+        assert until is not None
+    return supernet.largest.state_dict()
+
+
 def test_training_in_precisions_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", "train.quantize=true")
-    train_supernet(whole, listener=Silent())
+    whole = trained(run(tmp_path / "whole", "train.quantize=true"))
     stopped = run(tmp_path / "stopped", "train.quantize=true")
-    with pytest.raises(KeyboardInterrupt):
-        train_supernet(stopped, listener=Stopping())
-    resumed = Workbench(stopped.run)
-    train_supernet(resumed, listener=Silent())
-    states = [bench.supernet.largest.state_dict() for bench in (whole, resumed)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    part = trained(stopped, until=2)
+    resumed = trained(Workbench(stopped.run))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], part[name]) for name in whole)
 
 
 def test_a_run_asks_for_precisions_and_both_kinds_begin_from_the_same_weights(tmp_path: Path) -> None:
