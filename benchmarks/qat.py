@@ -9,6 +9,9 @@ and activations, the first and last layers in 8 bits, as LSQ's authors keep them
 Accuracies are those of the files, as ONNX Runtime computes them, on 5,000 test images by which nothing was
 chosen. 4 bits are simulated in 8-bit integers: they tell of accuracy, not of speed.
 
+Claim: of both ways to train in few bits and both to round, training is better in 4 bits by at least two
+points of top-1, and in 8 bits worse by at most one.
+
     python benchmarks/qat.py --data DIR [--check] [--size cpu|quick] [--work DIR]
 
 DIR holds CIFAR-10 as Parquet. What is finished is kept in `--work`: the same command continues a run that
@@ -208,7 +211,8 @@ def gains(figures: Figures, precision: str) -> dict[str, float]:
 def table(figures: Figures) -> str:
     """All accuracies in Markdown, with their 95 % intervals."""
     columns = {
-        "rounded": "as it is, rounded", "further in floats": "further in floats, rounded", "lsq": "LSQ", "ofq": "OFQ",
+        "rounded": "as it is, rounded", "further in floats": "further in floats, rounded",
+        "lsq": "LSQ", "ofq": "OFQ",
     }  # fmt: skip
     lines = [
         "Test top-1 in % (95 % interval) of a network's files; "
@@ -248,25 +252,25 @@ def misses(figures: Figures) -> list[str]:
         f"{name} in {precision}: {100 * gain:+.2f} points, fewer than {100 * least:+.1f}"
         for precision, least in (("w8a8", -MOST_LOSS_8_BITS), ("w4a4", LEAST_GAIN_4_BITS))
         for name, gain in gains(figures, precision).items()
-        if gain < least
+        if not gain >= least
     ]
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """The exit code."""
     benchmark = Benchmark("qat", __doc__ or "", measure, sentence, misses)
     parser = benchmark.parser()
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet")
     parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--work", type=Path, help="where finished trainings are kept [default: nowhere]")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.data is None and not options.stored:
         parser.error("give --data, the folder of CIFAR-10")
     with tempfile.TemporaryDirectory() as temporary:
         options.work = (options.work or Path(temporary)).resolve()
         code: int = benchmark.run(options)
     stored = options.output or RESULTS / "qat.json"
-    if stored.exists() and not options.check:
+    if not options.stored and not options.check:
         stored.with_suffix(".md").write_text(table(json.loads(stored.read_text())["figures"]))
     return code
 

@@ -34,7 +34,7 @@ from nestling.train.strategies import Visit
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "joint_search", "kill_resume",
-    "lending_overhead", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep", "train_step",
+    "lending_overhead", "qat", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep", "train_step",
     "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
@@ -69,6 +69,13 @@ def speed_row(theirs: float, floats: float) -> dict[str, Any]:
 
 def strategy_row(area: float) -> dict[str, Any]:
     return {measure: [area, area + 0.01, area - 0.01] for measure in ("smallest", "largest", "area")}
+
+
+QAT = (
+    {"rounded": 0.70, "further in floats": 0.70, "lsq": 0.70, "ofq": 0.69},
+    {"rounded": 0.40, "further in floats": 0.60, "lsq": 0.60, "ofq": 0.65},
+)
+"""Accuracies by what was done, in 8 bits and in 4."""
 
 
 def good_figures(name: str) -> dict[str, Any]:
@@ -118,6 +125,9 @@ def good_figures(name: str) -> dict[str, Any]:
         return {
             "spaces": spaces, "resumed_difference": 1e-5, "step_seconds": 0.5, "averaging_seconds": 0.01,
         }  # fmt: skip
+    if name == "qat":
+        eight, four = ({way: {"top1": top1} for way, top1 in rows.items()} for rows in QAT)
+        return {"families": {"mobilenet": {"precisions": {"w8a8": eight, "w4a4": four}}}}
     if name == "train_step":
         return {
             "spaces": {
@@ -175,6 +185,10 @@ def change_step(space: str, pixels: str, ratio: str, *, to: float) -> Edit:
 
 
 BAD: list[tuple[str, Edit]] = [
+    ("qat", change("families", "mobilenet", "precisions", "w8a8", "rounded", "top1", to=0.72)),
+    ("qat", change("families", "mobilenet", "precisions", "w4a4", "further in floats", "top1", to=0.64)),
+    ("qat", change("families", "mobilenet", "precisions", "w4a4", "ofq", "top1", to=0.61)),
+    ("qat", change("families", "mobilenet", "precisions", "w4a4", "rounded", "top1", to=float("nan"))),
     ("lending_overhead", change("sizes", "32", "ratios", "largest", "median", to=1.06)),
     ("lending_overhead", change("sizes", "128", "ratios", "largest", "median", to=1.06)),
     ("lending_overhead", change("sizes", "128", "ratios", "sandwich", "median", to=1.11)),

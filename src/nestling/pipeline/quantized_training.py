@@ -18,10 +18,11 @@ from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import chosen_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
-from nestling.quant import PRECISIONS, Quantized, Range, halve, observe, place
+from nestling.quant import PRECISIONS, Quantized, Range, observe, place
 from nestling.quant.attention import Factors, reparameterize
 from nestling.quant.layers import bits
 from nestling.quant.learning import LearnedGraph, Learning, Scales
+from nestling.quant.quantizing import prepared
 from nestling.quant.regions import WEIGHT_AXES
 from nestling.space import Arch
 from nestling.train.strategies import Alone
@@ -166,7 +167,7 @@ def begin(bench: Workbench, candidate: Candidate, *, method: Method) -> Anew:
     if method == "ofq":
         graph, factors = reparameterize(graph, only=lambda layer: min(bits(policy.precision(layer))) < 8)
     narrow = bench.device.fingerprint.int8_saturates
-    exact = halve(graph, policy)
+    exact = prepared(graph, policy)
     ranges = observe(
         place(exact, policy),
         policy,

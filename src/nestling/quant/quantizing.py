@@ -93,7 +93,7 @@ def quantize(
         graph = equalize(graph)
     if how.awq and any(p.integers is not None and p.activation is None for p in precisions):
         graph = awq(graph, images, rounding=lambda operator: _stored(operator, policy))
-    exact = halve(split_gates(graph, policy), policy)
+    exact = prepared(graph, policy)
     graph = place(exact, policy)
     found = observe(
         graph,
@@ -113,6 +113,11 @@ def quantize(
     if how.correct_biases:
         graph, found = correct_biases(graph, found, images, exact=exact)
     return Quantized(graph, found)
+
+
+def prepared(graph: Graph, policy: QuantPolicy) -> Graph:
+    """`graph` with the operators and casts that its precisions need, its weights as they are."""
+    return halve(split_gates(graph, policy), policy)
 
 
 def _stored(operator: Operator, policy: QuantPolicy) -> Tensor | None:
