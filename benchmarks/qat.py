@@ -98,7 +98,7 @@ class Size:
     more_epochs: float
 
 
-SIZES = {"cpu": Size(5_000, 10, 3), "quick": Size(1_000, 2, 1)}
+SIZES = {"cpu": Size(5_000, 10, 2), "quick": Size(1_000, 2, 1)}
 OPTIMIZERS: Mapping[str, Mapping[str, object]] = {
     "mobilenet": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4},
     "vit": {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05},
