@@ -195,6 +195,8 @@ def print_finetuned(card: Mapping[str, Any], *, as_json: bool) -> None:
         return
     told = card["finetuning"]
     how = "trained from scratch" if told["from_scratch"] else "fine-tuned"
+    if "qat" in told:
+        how = f"trained in its precisions ({told['qat']})"
     table = Table(title=f"exports/{card['name']}: {how} for {told['epochs']:g} epochs", title_justify="left")
     table.add_column("measured on the files themselves")
     for heading in ("search top-1", "test top-1"):

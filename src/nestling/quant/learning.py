@@ -168,10 +168,13 @@ class LearnedGraph(nn.Module):
 
     def _latent(self, operator: Operator) -> Operator:
         """`operator` with its constants as they are now: floats, or on the codes of a research precision."""
-        constants = {}
+        constants: dict[str, Tensor | None] = {}
+        place = next(self.parameters()).device
         for part, constant in (("weight", operator.weight), ("bias", operator.bias)):
             learned = self._learned(f"{operator.name}.{part}")
-            constants[part] = constant if learned is None or constant is None else learned.to(constant.dtype)
+            if constant is not None:
+                constant = constant.to(place) if learned is None else learned.to(constant.dtype)
+            constants[part] = constant
         weight = constants["weight"]
         query, key = (self._learned(f"{operator.name}.{part}") for part in ("query", "key"))
         if weight is not None and query is not None and key is not None:
@@ -219,6 +222,7 @@ class LearnedGraph(nn.Module):
             found = weight_range(weight, precision.weight, axis=axis, reduce_range=self._how.reduce_range)
         elif isinstance(precision.weight, Format):
             found = grouped_range(weight, precision.weight, axis=axis)
+        found = replace(found, scale=found.scale.to(weight.device))
         if bias is not None and operator.inputs[0] in self._tied:
             wide = with_room_for(bias, replace(found, scale=found.scale.detach()), self._read(operator))
             found = replace(found, scale=instead(found.scale, wide.scale))

@@ -149,6 +149,18 @@ def test_the_scale_of_a_bias_is_that_of_its_products(graph: Graph, images: Tenso
             assert torch.equal(bias.scale, of_weight * settled.ranges[operator.inputs[0]].scale)
 
 
+def test_large_biases_keep_to_32_bits(graph: Graph, images: Tensor) -> None:
+    network = learned(graph, images, "w8a8")
+    with torch.no_grad():
+        network.get_parameter("head/Conv:bias").fill_(1e9)
+        network.get_parameter("head/Conv:weight:scale").fill_(1e-6)
+    settled = network.settled()
+    (bias,) = [operator.bias for operator in settled.graph.operators if operator.name == "head/Conv"]
+    assert bias is not None
+    assert torch.allclose(settled.ranges["head/Conv.bias"].nearest(bias), bias, rtol=1e-6)
+    assert torch.equal(network(images), simulated(network, images))
+
+
 def test_seven_bits_are_kept_where_products_saturate(graph: Graph, images: Tensor) -> None:
     network = learned(graph, images, "w8a8", reduce_range=True)
     with torch.no_grad():
