@@ -3,8 +3,8 @@
 A small MobileNet and a small vision transformer are trained in floats. Each is then rounded as it is (PTQ:
 ranges of least squared error from 128 images); trained further in floats, and rounded (so that what more
 training gains is told apart); and trained for as many epochs in its precisions (`finetune --qat`), by LSQ
-and by OFQ, taught by the network in floats as the other one is. Once in 8 bits, and once with 4-bit weights
-and activations, the first and last layers in 8 bits, as LSQ's authors keep them.
+and, in 4 bits, by OFQ, taught by the network in floats as the other one is. Once in 8 bits, and once with
+4-bit weights and activations, the first and last layers in 8 bits, as LSQ's authors keep them.
 
 Accuracies are those of the files, as ONNX Runtime computes them, on 5,000 test images by which nothing was
 chosen. 4 bits are simulated in 8-bit integers: they tell of accuracy, not of speed.
@@ -35,7 +35,7 @@ from record import RESULTS, Benchmark, Figures
 from nestling.config import load_config
 from nestling.pipeline import Silent, finetune, tuning
 from nestling.pipeline.candidate import score, write_candidate
-from nestling.pipeline.quantized_training import METHODS
+from nestling.pipeline.quantized_training import METHODS, Method
 from nestling.pipeline.stages import open_run
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
@@ -45,7 +45,8 @@ from nestling.space import Arch
 LEAST_GAIN_4_BITS = 0.02
 """Of top-1, of the better way of training in few bits over both ways of rounding."""
 MOST_LOSS_8_BITS = 0.01
-PRECISIONS = ("w8a8", "w4a4")
+PRECISIONS: Mapping[str, tuple[Method, ...]] = {"w8a8": ("lsq",), "w4a4": METHODS}
+"""And the ways to train in them: in 8 bits OFQ has nothing of its own."""
 INNER, OUTER = ["w4a4", "w8a8", "fp32"], ["w8a8", "fp32"]
 SPACES = {
     "mobilenet": """
@@ -122,7 +123,7 @@ def measure_family(name: str, size: Size, data: Path, folder: Path) -> dict[str,
         for precision in PRECISIONS:
             arch = in_precision(bench, precision)
             rows: dict[str, Any] = {}
-            for what, given in ways(size).items():
+            for what, given in ways(size, precision).items():
                 card = finetune(bench, arch, tuning(bench, arch, **given), listener=Silent())
                 rows.setdefault("rounded", row(card, "before"))
                 rows[what] = row(card, "after")
@@ -142,12 +143,12 @@ def as_it_is(bench: Workbench, arch: Arch) -> dict[str, Any]:
     return {**told, "weight_bytes": candidate.weight_bytes}
 
 
-def ways(size: Size) -> dict[str, dict[str, Any]]:
+def ways(size: Size, precision: str) -> dict[str, dict[str, Any]]:
     """What is done after training, and by which settings; learning rates are the defaults."""
     how: dict[str, Any] = {"epochs": size.more_epochs}
     # the largest network of a space of one is that network itself, in floats
     further = {"further in floats": {**how, "teacher": "largest"}}
-    return further | {method: {**how, "qat": method} for method in METHODS}
+    return further | {method: {**how, "qat": method} for method in PRECISIONS[precision]}
 
 
 def trained(name: str, size: Size, data: Path, folder: Path) -> Workbench:
@@ -203,7 +204,7 @@ def gains(figures: Figures, precision: str) -> dict[str, float]:
     found = {}
     for name, family in figures["families"].items():
         rows = family["precisions"][precision]
-        learned = max(rows[method]["top1"] for method in METHODS)
+        learned = max(rows[method]["top1"] for method in PRECISIONS[precision])
         found[name] = learned - max(rows[way]["top1"] for way in ("rounded", "further in floats"))
     return found
 
