@@ -34,8 +34,8 @@ from nestling.train.strategies import Visit
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "joint_search", "kill_resume",
-    "lending_overhead", "qat", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep", "train_step",
-    "training_speed", "verify_export",
+    "lending_overhead", "qat", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep",
+    "train_step", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 

@@ -1,7 +1,7 @@
 """Quantization-aware training: a graph whose weights and scales learn, and which is written as it stands.
 
 Batch normalization is folded, and every tensor is rounded where the file rounds it: what is trained is what
-is simulated, and written, to the last bit.
+is simulated, and written, but for ties of sums that are floats here and integers there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Learning:
 class LearnedGraph(nn.Module):
     """A graph as a network whose constants and scales are parameters.
 
-    It computes what `simulate` computes of what `settled` gives. Weights, biases and tables learn; of other
+    It computes what `simulate` computes of what `settled` gives, in floats. Weights, biases and tables learn; of other
     constants, such as the scale of attention's products, no parameter is made. A zero point stays as it was
     observed. Tensors that an operator moves or adds within one range go on sharing it.
 
