@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
@@ -46,8 +47,9 @@ from record import Benchmark, Figures, quartiles
 
 from nestling.config import DataConfig, ProfileConfig, RunConfig, SearchConfig
 from nestling.export import official_export
-from nestling.pipeline import candidate
+from nestling.pipeline import candidate, writing
 from nestling.pipeline.workbench import Workbench
+from nestling.quant import quantizing
 from nestling.run import Run
 from nestling.space import Choice, SearchSpace
 from nestling.space.files import load_space, save_space
@@ -55,20 +57,21 @@ from nestling.space.files import load_space, save_space
 MOST_SECONDS = 0.4
 PIXELS = 64
 APART = "recalibrate"
-CLOCKED = {
-    "recalibrate": "recalibrate",
-    "trace": "trace",
-    "split_gates": "split",
-    "observe": "observe",
-    "to_onnx": "to_onnx",
-    "insert_qdq": "insert_qdq",
-    "with_metadata": "save",
-    "save_onnx": "save",
-    "cost": "cost",
-    "verify": "compare",
-    "check_precisions": "session",
-}
-"""Functions that `write_candidate` calls -> the stage that their time is told under."""
+CLOCKED: tuple[tuple[ModuleType, str, str], ...] = (
+    (candidate, "recalibrate", "recalibrate"),
+    (candidate, "trace", "trace"),
+    (quantizing, "split_gates", "split"),
+    (quantizing, "observe", "observe"),
+    (writing, "to_onnx", "to_onnx"),
+    (writing, "insert_qdq", "insert_qdq"),
+    (writing, "with_metadata", "save"),
+    (writing, "save_onnx", "save"),
+    (candidate, "cost", "cost"),
+    (candidate, "simulated_logits", "simulate"),
+    (candidate, "verify", "compare"),
+    (candidate, "check_precisions", "session"),
+)
+"""Where `write_candidate` finds a function, its name -> the stage that its time is told under."""
 STAGES_IN_ORDER = (
     "materialize", "recalibrate", "trace", "split", "observe", "to_onnx", "insert_qdq", "save", "cost",
     "session", "simulate", "predict", "compare", "rest",
@@ -107,23 +110,17 @@ class Stopwatch:
 @contextmanager
 def clocked(watch: Stopwatch, bench: Workbench) -> Iterator[None]:
     """The pipeline, with a stopwatch at each of its stages."""
-    kept = {name: getattr(candidate, name) for name in (*CLOCKED, "simulate")}
+    kept = [(module, name, vars(module)[name]) for module, name, _ in CLOCKED]
     device = bench.device
     real_predict = device.predict
-
-    class Watched:
-        def __init__(self, simulation: Any) -> None:
-            self.run = watch.around(simulation.run, "simulate")
-
-    for name, stage in CLOCKED.items():
-        setattr(candidate, name, watch.around(kept[name], stage))
-    candidate.simulate = lambda *given: Watched(watch.around(kept["simulate"], "simulate")(*given))
+    for module, name, stage in CLOCKED:
+        setattr(module, name, watch.around(vars(module)[name], stage))
     device.predict = watch.around(real_predict, "predict")
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(candidate, name, function)
+        for module, name, function in kept:
+            setattr(module, name, function)
         device.predict = real_predict
 
 

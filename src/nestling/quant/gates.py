@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.policy import QuantPolicy
+from nestling.quant.protos import constant
 
 ALPHA = 1 / 6
 BETA = 0.5 * (1 - 2**-12)
@@ -46,37 +45,42 @@ def split_gates(graph: Graph, policy: QuantPolicy) -> Graph:
     return replace(graph, operators=tuple(operators), shapes=shapes)
 
 
-def sum_gates(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model`, changed in place: each HardSigmoid between integers is a sum that is cut off at 0 and 1.
+def sum_gates(
+    nodes: Sequence[onnx.NodeProto], constants: Sequence[onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """`nodes` with each HardSigmoid between integers as a sum that is cut off at 0 and 1, and its constants.
 
     `alpha * x + beta` is the sum of a constant and of x's own integers, read with another scale; the runtime
     has an integer kernel for sums, and cuts off as it rounds.
+
+    Args:
+        nodes: of a model, in order.
+        constants: its initializers.
     """
-    constants = {constant.name: numpy_helper.to_array(constant) for constant in model.graph.initializer}
-    writers = {name: node for node in model.graph.node for name in node.output}
+    known = {held.name: held for held in constants}
+    writers = {name: node for node in nodes for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
+    for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
+    changed: list[onnx.NodeProto] = []
+    stored: list[onnx.TensorProto] = []
+    for node in nodes:
         read = writers.get(node.input[0]) if node.op_type == "HardSigmoid" else None
         if (
             read is None
             or read.op_type != "DequantizeLinear"
             or not all(_keeps_bytes(reader, readers) for reader in readers[node.output[0]])
         ):
-            nodes.append(node)
+            changed.append(node)
             continue
-        summed, stored = _sum(node, read, constants)
-        nodes += summed
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in stored.items())
-    wanted = {name for node in nodes for name in node.input}
-    del model.graph.node[:]
-    model.graph.node.extend(
-        node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in wanted
-    )
-    return model
+        summed, more = _sum(node, read, known)
+        changed += summed
+        stored += more
+    wanted = {name for node in changed for name in node.input}
+    return [
+        node for node in changed if node.op_type != "DequantizeLinear" or node.output[0] in wanted
+    ], stored
 
 
 def _keeps_bytes(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
@@ -87,26 +91,26 @@ def _keeps_bytes(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeP
 
 
 def _sum(
-    gate: onnx.NodeProto, read: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]
-) -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
-    """The nodes that stand for `gate`, which reads what `read` dequantizes, and their constants by name."""
+    gate: onnx.NodeProto, read: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """The nodes that stand for `gate`, which reads what `read` dequantizes, and their constants."""
     alpha, beta = (
         next((np.float32(a.f) for a in gate.attribute if a.name == key), np.float32(default))
         for key, default in (("alpha", 0.2), ("beta", 0.5))
     )
     integers, scale, zero_point = read.input
-    dtype = constants[zero_point].dtype
+    dtype = numpy_helper.to_array(constants[zero_point]).dtype
     most = 255 if dtype == np.uint8 else 127
     name = gate.name
     values = {
-        f"{name}.steep.scale": np.float32(constants[scale]) * alpha,
+        f"{name}.steep.scale": np.float32(numpy_helper.to_array(constants[scale])) * alpha,
         f"{name}.beta.quantized": np.asarray(most, dtype),
         f"{name}.beta.scale": beta / np.float32(most),
         f"{name}.beta.zero_point": np.asarray(0, dtype),
         f"{name}.low": np.asarray(0, np.float32),
         f"{name}.high": np.asarray(1, np.float32),
     }
-    stored = {key: np.asarray(value) for key, value in values.items()}
+    stored = [constant(key, np.asarray(value)) for key, value in values.items()]
     steep, added, summed = f"{name}.steep", f"{name}.beta", f"{name}.sum"
     beta_names = [f"{added}.{part}" for part in ("quantized", "scale", "zero_point")]
     clipped = [summed, f"{name}.low", f"{name}.high"]

@@ -106,6 +106,8 @@ def covers(prefix: str, layer: str) -> bool:
     """
     if not prefix:
         return True
+    if "*" not in prefix and "|" not in prefix:  # nearly all, and asked for every layer of every candidate
+        return layer.startswith(prefix) and layer[len(prefix) :][:1] in ("", ".")
     steps, names = prefix.split("."), layer.split(".")
     return len(steps) <= len(names) and all(
         step in ("*", name) or name in step.split("|") for step, name in zip(steps, names, strict=False)
@@ -121,10 +123,13 @@ def most_exact(prefixes: Collection[str], layer: str) -> str | None:
     Raises:
         ValueError: two prefixes are as exact, such as `a|b` and `b|c` for `b`.
     """
-    matching = sorted((prefix for prefix in prefixes if covers(prefix, layer)), key=_exactness)
-    if len(matching) > 1 and _exactness(matching[-2]) == _exactness(matching[-1]):
+    matching = [prefix for prefix in prefixes if covers(prefix, layer)]
+    if len(matching) < 2:
+        return matching[0] if matching else None
+    matching.sort(key=_exactness)
+    if _exactness(matching[-2]) == _exactness(matching[-1]):
         raise ValueError(f"{matching[-2]!r} and {matching[-1]!r} are rules as exact for the layer {layer!r}")
-    return matching[-1] if matching else None
+    return matching[-1]
 
 
 def _exactness(prefix: str) -> tuple[int, tuple[int, ...]]:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from nestling.quant.blocks import DOMAIN, blocked_layer
 from nestling.quant.gates import sum_gates
+from nestling.quant.protos import constant as constant_of
+from nestling.quant.protos import tensor
 from nestling.quant.ranges import Range
 
 
@@ -50,12 +52,12 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
             stored.append(constant)
             continue
         found = ranges[constant.name]
-        values = torch.from_numpy(numpy_helper.to_array(constant).copy())
+        values = tensor(constant)
         if found.block is not None:
             blocked[constant.name] = values
             continue
         integers = found.integers(values).numpy().astype(found.stored)
-        stored.append(numpy_helper.from_array(integers, f"{constant.name}.quantized"))
+        stored.append(constant_of(f"{constant.name}.quantized", integers))
         nodes.append(
             _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
         )
@@ -63,30 +65,32 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
     for name in inputs:
         nodes += _pair(name, ranges, stored)
     for node in graph.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [read_as.get(name, name) for name in node.input]
+        reading = node
+        if any(name in read_as for name in node.input):
+            reading = onnx.NodeProto()
+            reading.CopyFrom(node)
+            reading.input[:] = [read_as.get(name, name) for name in node.input]
         weight = next((name for name in node.input if name in blocked), None)
         if weight is None:
-            nodes.append(copy)
+            nodes.append(reading)
         else:
-            in_its_place, constants_of_it = blocked_layer(copy, blocked[weight], ranges[weight])
+            in_its_place, constants_of_it = blocked_layer(reading, blocked[weight], ranges[weight])
             nodes += in_its_place
             stored += constants_of_it
         for name in node.output:
             nodes += _pair(name, ranges, stored)
 
+    nodes, constants_of_gates = sum_gates(nodes, stored)
+    stored += constants_of_gates
     quantized = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), stored)
     opsets = list(model.opset_import)
     if any(node.domain == DOMAIN for node in nodes):
         opsets.append(helper.make_opsetid(DOMAIN, 1))
-    return sum_gates(
-        helper.make_model(
-            quantized,
-            opset_imports=opsets,
-            ir_version=model.ir_version,
-            producer_name=model.producer_name,
-        )
+    return helper.make_model(
+        quantized,
+        opset_imports=opsets,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
     )
 
 
@@ -103,7 +107,7 @@ def _pair(name: str, ranges: Mapping[str, Range], stored: list[onnx.TensorProto]
     if kept != integers:
         limits = [f"{name}.lowest", f"{name}.highest"]
         for limit, value in zip(limits, found.limits, strict=True):
-            stored.append(numpy_helper.from_array(np.array(value, dtype=found.stored), limit))
+            stored.append(constant_of(limit, np.array(value, dtype=found.stored)))
         nodes.insert(1, helper.make_node("Clip", [integers, *limits], [kept], name=kept))
     return nodes
 
@@ -114,8 +118,8 @@ def _dequantize(
     """The node that writes `output`; its scale and zero point, called after `stem`, are added to `stored`."""
     scale = found.scale.numpy().astype(np.float32)
     zero_point = found.zero_point.numpy().astype(found.stored)
-    stored.append(numpy_helper.from_array(scale, f"{stem}.scale"))
-    stored.append(numpy_helper.from_array(zero_point, f"{stem}.zero_point"))
+    stored.append(constant_of(f"{stem}.scale", scale))
+    stored.append(constant_of(f"{stem}.zero_point", zero_point))
     operands = [integers, f"{stem}.scale", f"{stem}.zero_point"]
     node = helper.make_node("DequantizeLinear", operands, [output], name=f"{stem}.dequantized")
     if found.axis is not None:

@@ -1,0 +1,36 @@
+"""Constants of an ONNX model, made and read without a detour: a quantized network has a thousand of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
+}
+
+
+def constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
+    """`value` as an initializer called `name`.
+
+    Args:
+        name: of the initializer.
+        value: float32, int8, uint8 or int32.
+
+    Raises:
+        KeyError: numbers of another type.
+    """
+    little = value.astype(value.dtype.newbyteorder("<"), copy=False)
+    return TensorProto(name=name, data_type=_TYPES[value.dtype], dims=value.shape, raw_data=little.tobytes())
+
+
+def tensor(initializer: onnx.TensorProto) -> Tensor:
+    """The numbers of `initializer`, copied."""
+    return torch.from_numpy(numpy_helper.to_array(initializer).copy())
