@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "optuna": {"search"},
     "onnxruntime": {"profile"},
-    "onnx": {"export", "quant.qdq", "quant.blocks", "quant.gates"},
+    "onnx": {"export", "quant.qdq", "quant.blocks", "quant.gates", "quant.protos"},
     "timm": {"models"},
     "torch_pruning": {"models.convert"},
     "typer": {"cli"},

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from nestling.data import EvalImages
 from nestling.export import ExportMismatch, verify
-from nestling.models.cost import Cost, cost
-from nestling.models.graph import Graph, trace
-from nestling.pipeline.policies import quant_policy
+from nestling.models.cost import Cost
+from nestling.models.graph import Graph, Untraceable
+from nestling.pipeline.floats import FloatNetwork
+from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.workbench import Workbench
-from nestling.pipeline.writing import simulated_logits, write_file
+from nestling.pipeline.writing import simulated_logits, write_file, write_officially
 from nestling.profile import Device, DeviceError, Measurement
 from nestling.quant import Quantized, QuantPolicy, Recipe, quantize, weight_bits
 from nestling.search import EvaluationFailed
@@ -47,28 +52,50 @@ class Candidate:
     Attributes:
         arch: which network.
         path: the file.
-        network: in floats.
-        graph: of `network`.
+        floats: the network in floats.
         policy: which layer computes in which precision.
-        quantized: what the file holds.
-        cost: of `network`.
-        resolution: of its images, in pixels.
+        quantized: what the file holds; None where PyTorch's own exporter wrote it, in floats.
         worst_error: the largest difference of a logit between file and PyTorch, as a part of their scale.
     """
 
     arch: Arch
     path: Path
-    network: nn.Module
-    graph: Graph
+    floats: FloatNetwork
     policy: QuantPolicy
-    quantized: Quantized
-    cost: Cost
-    resolution: int
+    quantized: Quantized | None
     worst_error: float = 0.0
+
+    @property
+    def network(self) -> nn.Module:
+        """The plain network, in floats; not to be changed."""
+        return self.floats.network
+
+    @property
+    def graph(self) -> Graph | None:
+        """Of `network`; None where it cannot be traced."""
+        traced = self.floats.traced
+        return traced if isinstance(traced, Graph) else None
+
+    @property
+    def cost(self) -> Cost:
+        """Of `network`."""
+        return self.floats.cost
+
+    @property
+    def resolution(self) -> int:
+        """Of its images, in pixels."""
+        return self.floats.resolution
+
+    @property
+    def writer(self) -> str:
+        """What wrote the file: `nestling`, or `torch.onnx.export` where the network cannot be traced."""
+        return "torch.onnx.export" if self.quantized is None else "nestling"
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes that activations take at once, quantized ones a byte each, halves two."""
+        if self.quantized is None:
+            return self.cost.peak_bytes
         graph = self.quantized.graph
         halves = (name for name in graph.shapes if name.endswith((".float16", ".bfloat16")))
         widths = dict.fromkeys(halves, 2) | dict.fromkeys(self.quantized.ranges, 1)
@@ -77,12 +104,14 @@ class Candidate:
     @property
     def is_quantized(self) -> bool:
         """Whether any layer is in another precision than 32-bit floats."""
-        return bool(self.quantized.ranges) or self.quantized.graph is not self.graph
+        found = self.quantized
+        return found is not None and (bool(found.ranges) or found.graph is not self.graph)
 
     @property
     def tolerances(self) -> tuple[float, float | None]:
         """How far a logit may be off, and the median of them, as parts of their scale: see `check_logits`."""
-        used = {self.policy.precision(operator.layer) for operator in self.graph.operators}
+        operators = () if self.graph is None else self.graph.operators
+        used = {self.policy.precision(operator.layer) for operator in operators}
         if any(precision.activation is not None for precision in used):
             return QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL
         if any(precision.floats != "float32" for precision in used):
@@ -92,6 +121,8 @@ class Candidate:
     @property
     def weight_bytes(self) -> int:
         """What weights, biases and scales need at their precisions, also at those that no file holds."""
+        if self.graph is None:
+            return 4 * self.cost.params
         return math.ceil(weight_bits(self.graph, self.policy) / 8)
 
 
@@ -101,66 +132,137 @@ def write_candidate(
     """The candidate of `arch`, its ONNX file at `path`.
 
     Its weights are the supernet's, or those of `network`, a plain network of that arch, which is recalibrated
-    in place. The same arch, weights and images give the same file to the last bit.
+    in place. The same arch, weights and images give the same file to the last bit, also where the float
+    network is one that the bench has kept. A network that cannot be traced is written by PyTorch's own
+    exporter, in floats.
 
     Raises:
-        EvaluationFailed: the file does not compute what PyTorch computes, or the runtime refuses it.
+        EvaluationFailed: the file does not compute what PyTorch computes, or the runtime refuses it; or
+            neither writer covers the network, or the arch asks for precisions and it cannot be traced.
     """
-    resolution = bench.resolution(arch)
-    network = bench.supernet.materialize(arch) if network is None else network
-    recalibrate(network, bench.recalibration_images(resolution))
-    network.cpu()
+    floats = float_network(bench, arch) if network is None else recalibrated(bench, arch, network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dynamic, metadata = bench.config.export.dynamic_batch, file_metadata(bench, arch)
+    graph = floats.traced
     try:
-        image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
-        graph = trace(network, resolution=resolution, image=image)
-        policy = quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep)
-        quantized = quantize(
-            graph,
-            policy,
-            tuple(bench.calibration_images(resolution)),
-            recipe=Recipe(**bench.config.quant.model_dump(exclude={"keep"})),
-            reduce_range=bench.device.fingerprint.int8_saturates,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(
-            quantized,
-            path,
-            dynamic_batch=bench.config.export.dynamic_batch,
-            metadata=file_metadata(bench, arch),
-        )
+        if isinstance(graph, Untraceable):
+            _refuse_precisions(bench, arch, graph)
+            write_officially(
+                floats.network,
+                path,
+                resolution=floats.resolution,
+                dynamic_batch=dynamic,
+                metadata=metadata,
+            )
+            candidate = Candidate(arch, path, floats, QuantPolicy(), None)
+        else:
+            policy = quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep)
+            quantized = quantize(
+                graph,
+                policy,
+                _Calibration(bench, floats.resolution),
+                recipe=Recipe(**bench.config.quant.model_dump(exclude={"keep"})),
+                reduce_range=bench.device.fingerprint.int8_saturates,
+                kept=floats.statistics,
+            )
+            floats.statistics = quantized.statistics
+            write_file(quantized, path, dynamic_batch=dynamic, metadata=metadata)
+            candidate = Candidate(arch, path, floats, policy, quantized)
     except ValueError as error:
         raise EvaluationFailed(str(error)) from error
-    counted = cost(network, resolution)
-    candidate = Candidate(arch, path, network, graph, policy, quantized, counted, resolution)
     return replace(candidate, worst_error=verify_candidate(bench, candidate))
+
+
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """The images for ranges, resized anew each time they are read: not at all where statistics are known."""
+
+    bench: Workbench
+    resolution: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.bench.calibration_images(self.resolution)
+
+
+def float_network(bench: Workbench, arch: Arch) -> FloatNetwork:
+    """The float network of `arch`, its weights those of the run's supernet, recalibrated; the last are kept.
+
+    Raises:
+        RunError: training is not finished.
+    """
+    return bench.floats.get(arch, lambda: recalibrated(bench, arch, bench.supernet.materialize(arch)))
+
+
+def recalibrated(bench: Workbench, arch: Arch, network: nn.Module) -> FloatNetwork:
+    """`network`, a plain network of `arch`, recalibrated in place and moved to the CPU."""
+    resolution = bench.resolution(arch)
+    recalibrate(network, bench.recalibration_images(resolution))
+    image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
+    return FloatNetwork(network.cpu(), resolution=resolution, image=image)
+
+
+def _refuse_precisions(bench: Workbench, arch: Arch, why: Untraceable) -> None:
+    """Refuses precisions of a network that is not written operator by operator.
+
+    Raises:
+        ValueError: a choice, or `quant.keep`, asks for one; operation and layer are named.
+    """
+    chosen = {name: arch[name] for name in arch if is_precision(name)}
+    kept = {f"quant.keep for {name}": value for name, value in bench.config.quant.keep.items()}
+    asked = next(((name, value) for name, value in (chosen | kept).items() if value != "fp32"), None)
+    if asked is not None:
+        raise ValueError(
+            f"{asked[0]} is {asked[1]!r}, but {why}: such a network is written by torch.onnx.export, and "
+            "only in fp32"
+        )
 
 
 def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
     """The largest difference of a logit between the candidate's file and PyTorch, as a part of their scale.
 
+    The device opens and runs the file while PyTorch computes the same here.
+
     Raises:
         EvaluationFailed: the file computes something else, or in other precisions; it is removed.
     """
     images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
-    quantized = candidate.is_quantized
-    with torch.no_grad():
-        expected = simulated_logits(candidate.quantized, images) if quantized else candidate.network(images)
     tolerance, typical = candidate.tolerances
     try:
-        if quantized:  # first: its session serves what follows
-            check_precisions(bench.device, candidate.path, candidate.quantized, candidate.policy)
-        verified = verify(
-            candidate.path,
-            images,
-            expected=expected,
-            run=bench.device.predict,
-            tolerance=tolerance,
-            typical=typical,
-        )
+        with ThreadPoolExecutor(1) as beside:
+            answer = beside.submit(_answer, bench.device, candidate, images.numpy())
+            expected = _expected(candidate, images)
+            _ = candidate.cost  # counted while the device is at work
+            verified = verify(
+                candidate.path,
+                images,
+                expected=expected,
+                run=lambda *_: answer.result(),
+                tolerance=tolerance,
+                typical=typical,
+            )
     except (DeviceError, ExportMismatch) as error:
         candidate.path.unlink(missing_ok=True)
         raise EvaluationFailed(str(error)) from error
     return verified.worst_error
+
+
+def _answer(device: Device, candidate: Candidate, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the device makes of `images`, once the file is known to keep to its policy.
+
+    Raises:
+        DeviceError, ExportMismatch: see `check_precisions`.
+    """
+    if candidate.is_quantized and candidate.quantized is not None:  # first: its session serves what follows
+        check_precisions(device, candidate.path, candidate.quantized, candidate.policy)
+    return device.predict(candidate.path, images)
+
+
+@torch.no_grad()
+def _expected(candidate: Candidate, images: Tensor) -> Tensor:
+    if candidate.is_quantized and candidate.quantized is not None:
+        return simulated_logits(candidate.quantized, images)
+    logits: Tensor = candidate.network(images)
+    return logits
 
 
 def checked_images(bench: Workbench) -> EvalImages:

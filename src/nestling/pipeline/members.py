@@ -115,13 +115,12 @@ def hand_over(
     """
     arch, path = candidate.arch, candidate.path
     folder, name = path.parent, path.parent.name
-    if candidate.is_quantized:
+    graph, quantized = candidate.graph, candidate.quantized
+    if candidate.is_quantized and graph is not None:
         sibling = folder / "model_fp32.onnx"
-        model = to_onnx(candidate.graph, dynamic_batch=bench.config.export.dynamic_batch)
+        model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
         save_onnx(with_metadata(model, file_metadata(bench, arch)), sibling)
-        plain = replace(
-            candidate, path=sibling, policy=QuantPolicy(), quantized=Quantized(candidate.graph, {})
-        )
+        plain = replace(candidate, path=sibling, policy=QuantPolicy(), quantized=Quantized(graph, {}))
         verify_candidate(bench, plain)
     export_weights(candidate.network, folder / "weights.safetensors")
     source = bench.family.rebuild(arch) + _LOAD_WEIGHTS.format(resolution=candidate.resolution)
@@ -158,15 +157,18 @@ def hand_over(
         "peak_bytes": candidate.peak_bytes,
         "resolution": candidate.resolution,
         "worst_error": candidate.worst_error,
-        "float_islands": [asdict(node) for node in float_islands(bench.device, path, candidate.quantized)],
+        "float_islands": []
+        if quantized is None
+        else [asdict(node) for node in float_islands(bench.device, path, quantized)],
         "quantized": candidate.is_quantized,
+        "writer": candidate.writer,
         "preprocessing": bench.data.search.preprocessing(candidate.resolution),
         "precisions": {
             key.removesuffix(".precision"): str(value)
             for key, value in arch.items()
             if is_precision(key) and not bench.space.is_idle(bench.space.by_name[key], arch)
         },
-        "layers": [asdict(layer) for layer in layers(candidate.graph, candidate.policy)],
+        "layers": [] if graph is None else [asdict(layer) for layer in layers(graph, candidate.policy)],
         "policy": dict(candidate.policy.rules),
         **(more or {}),
     }

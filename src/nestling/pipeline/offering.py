@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from nestling.config import ConfigError
 from nestling.models.building import build_shapes
-from nestling.models.graph import trace
+from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision, kept_choices
 from nestling.pipeline.precisions import probe, usable
@@ -17,15 +18,15 @@ from nestling.pipeline.probes import WEIGHTED, kind_of
 from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
 from nestling.quant import PRECISIONS, covers
-from nestling.space import SearchSpace
+from nestling.space import SearchSpace, Value
 
 
 def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     """Settles once which precisions the run's device can use; from then on its space has no others.
 
     The device runs a tiny network of each kind of layer in each precision. A value that it cannot use is
-    dropped, and the listener told. A choice of which `quant.keep` keeps every layer decides nothing: it gets
-    the precision that these are kept in.
+    dropped, and the listener told; of networks that cannot be traced all but fp32 is. A choice of which
+    `quant.keep` keeps every layer decides nothing: it gets the precision that these are kept in.
 
     Raises:
         ConfigError: a choice of which no precision is left, an unknown precision, or kept layers that there
@@ -48,6 +49,11 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
         if kept_to:
             bench.run.write_json(OFFERED, {"kept": kept_to})
         return
+    why = _untraceable(bench, space)
+    if why is not None:
+        offered, dropped = _in_floats(asked, why)
+        _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
+        return
     kinds = layer_kinds(bench, space, list(asked))
     needed = [kind for kind in WEIGHTED if keep or any(kind in found for found in kinds.values())]
     store = MeasurementStore(bench.run.folder / "measurements.db")
@@ -60,8 +66,7 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
             raise ConfigError(
                 f"quant.keep: {bench.device.name} cannot use {precision!r} for {layer!r}: {gone[precision]}"
             )
-    offered: dict[str, list[str]] = {}
-    dropped: dict[str, dict[str, str]] = {}
+    offered, dropped = {}, {}
     for name, values in asked.items():
         kept, gone = usable([str(value) for value in values], findings, kinds=kinds[name], research=not timed)
         if not kept:
@@ -71,6 +76,18 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
             )
         if gone:
             offered[name], dropped[name] = list(kept), gone
+    _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
+
+
+def _settle(
+    bench: Workbench,
+    *,
+    offered: Mapping[str, list[str]],
+    dropped: Mapping[str, Mapping[str, str]],
+    kept_to: Mapping[str, str],
+    listener: Listener,
+) -> None:
+    """Keeps in the run's folder what was found, and tells what was dropped."""
     facts: dict[str, Any] = {
         "device": str(bench.device.fingerprint),
         "offered": offered,
@@ -84,6 +101,33 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
             by_reason.setdefault((value, reason), []).append(name)
     for (value, reason), choices in by_reason.items():
         listener.note(f"dropped {value} from {', '.join(choices)}: {reason}")
+
+
+def _in_floats(
+    asked: Mapping[str, Sequence[Value]], why: Untraceable
+) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:
+    """Of every choice fp32 alone, and why the others are dropped.
+
+    Raises:
+        ConfigError: a choice without fp32.
+    """
+    reason = f"{why}; torch.onnx.export writes such networks, in floats"
+    dropped = {}
+    for name, values in asked.items():
+        if "fp32" not in values:
+            raise ConfigError(f"no precision of {name} can be had: {reason}; add 'fp32' to its values")
+        if len(values) > 1:
+            dropped[name] = {str(value): reason for value in values if value != "fp32"}
+    return {name: ["fp32"] for name in dropped}, dropped
+
+
+def _untraceable(bench: Workbench, space: SearchSpace) -> Untraceable | None:
+    """Why the largest network of `space` cannot be quantized; None where it can."""
+    try:
+        _largest_graph(bench, space)
+    except Untraceable as error:
+        return error.with_traceback(None)
+    return None
 
 
 def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, frozenset[str]]:
@@ -115,7 +159,16 @@ def _kept(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str,
         ConfigError: kept layers that there are not, or an unknown precision.
         ValueError: the largest network cannot be traced.
     """
+    graph = _largest_graph(bench, space)
+    return kept_choices(bench.family, choices, graph, keep=bench.config.quant.keep)
+
+
+def _largest_graph(bench: Workbench, space: SearchSpace) -> Graph:
+    """The graph of the largest network of `space`, its weights random ones.
+
+    Raises:
+        Untraceable: it has none.
+    """
     largest = bench.fitted(space).largest
     with torch.random.fork_rng(devices=[]):
-        graph = trace(bench.family.build(largest).eval(), resolution=bench.resolution(largest))
-    return kept_choices(bench.family, choices, graph, keep=bench.config.quant.keep)
+        return trace(bench.family.build(largest).eval(), resolution=bench.resolution(largest))

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from nestling.models.graph import trace
-from nestling.pipeline.candidate import checked_images
+from nestling.models.graph import Untraceable
+from nestling.pipeline.candidate import float_network
 from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import QuantPolicy, weight_bits
@@ -17,7 +15,6 @@ from nestling.quant.layers import bit_operations
 from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
 from nestling.search import Problem
 from nestling.space import Arch, Value
-from nestling.train.evaluate import recalibrate
 
 SENSITIVITY = "sensitivity.json"
 """The run's file of what quantizing each layer of its largest network does, and of the archs made of that."""
@@ -74,15 +71,15 @@ def largest_sensitivity(bench: Workbench) -> Sensitivity:
         RunError, Untraceable: see `seeds`.
     """
     arch, config = bench.space.largest, bench.config.quant
-    resolution = bench.resolution(arch)
-    network = bench.supernet.materialize(arch)
-    recalibrate(network, bench.recalibration_images(resolution))
-    image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
+    floats = float_network(bench, arch)
+    graph = floats.traced
+    if isinstance(graph, Untraceable):
+        raise graph
     choices = [choice for choice in bench.space.choices if choice.name.endswith(".precision")]
     return measure_sensitivity(
-        trace(network.cpu(), resolution=resolution, image=image),
+        graph,
         list(dict.fromkeys(str(value) for choice in choices for value in choice.values)),
-        bench.calibration_images(resolution),
+        bench.calibration_images(floats.resolution),
         method=config.calibration,
         weights=config.weights,
         reduce_range=bench.device.fingerprint.int8_saturates,

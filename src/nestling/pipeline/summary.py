@@ -191,6 +191,12 @@ def _notes(members: list[dict[str, Any]], result: SearchResult | None) -> list[s
     if unstable:
         names = ", ".join(unstable)
         notes.append(f"The machine was busy while these were timed; do not trust their latency: {names}.")
+    official = [card["name"] for card in members if card.get("writer", "nestling") != "nestling"]
+    if official:
+        notes.append(
+            "PyTorch's own exporter (torch.onnx.export) wrote these files, in 32-bit floats, as their "
+            f"networks hold operations that cannot be quantized: {', '.join(official)}."
+        )
     if result is not None:
         notes += result.unmet
     if result is not None and result.failed:

@@ -20,6 +20,7 @@ from nestling.models.cost import cost
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.checking import check_space
+from nestling.pipeline.floats import FloatNetworks
 from nestling.pipeline.rounding import rounded_calls
 from nestling.profile import Device, MeasurementStore, connect
 from nestling.run import Run, RunError
@@ -42,6 +43,9 @@ class Workbench:
         run: the run's folder.
         ranks: which train it together; the first alone writes.
 
+    Attributes:
+        floats: the networks of the last candidates.
+
     Raises:
         ConfigError: the run's configuration is damaged.
     """
@@ -50,6 +54,7 @@ class Workbench:
         self.run = run
         self.ranks = ranks
         self.config = run.config()
+        self.floats = FloatNetworks()
         self._macs: dict[Arch, int] = {}
         self._teachers_macs: dict[int, int] = {}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from nestling.export import save_onnx, to_onnx, with_metadata
+from nestling.export import load_onnx, official_export, save_onnx, to_onnx, with_metadata
 from nestling.quant import Quantized, insert_qdq, simulate
 
 
@@ -31,6 +32,35 @@ def write_file(
     """
     model = insert_qdq(to_onnx(quantized.graph, dynamic_batch=dynamic_batch), quantized.ranges)
     save_onnx(with_metadata(model, metadata) if metadata else model, path)
+
+
+def write_officially(
+    network: nn.Module,
+    path: Path,
+    *,
+    resolution: int,
+    dynamic_batch: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `network` to `path` by PyTorch's own exporter: for one that `trace` does not cover.
+
+    Args:
+        network: in evaluation mode; it takes some seconds.
+        path: the file; its folder is there.
+        resolution: of its images, in pixels.
+        dynamic_batch: see `to_onnx`.
+        metadata: what the file says of itself.
+
+    Raises:
+        ValueError: the exporter does not cover it either, or a file beyond 2 GiB.
+    """
+    try:
+        official_export(network, path, resolution=resolution, dynamic_batch=dynamic_batch)
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        told = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"torch.onnx.export cannot write it: {type(error).__name__}: {told}") from error
+    if metadata:
+        save_onnx(with_metadata(load_onnx(path), metadata), path)
 
 
 def simulated_logits(quantized: Quantized, images: Tensor) -> Tensor:

@@ -72,9 +72,9 @@ class Learning:
 class LearnedGraph(nn.Module):
     """A graph as a network whose constants and scales are parameters.
 
-    It computes what `simulate` computes of what `settled` gives, in floats. Weights, biases and tables learn; of other
-    constants, such as the scale of attention's products, no parameter is made. A zero point stays as it was
-    observed. Tensors that an operator moves or adds within one range go on sharing it.
+    It computes what `simulate` computes of what `settled` gives, in floats. Weights, biases and tables learn;
+    of other constants, such as the scale of attention's products, no parameter is made. A zero point stays as
+    it was observed. Tensors that an operator moves or adds within one range go on sharing it.
 
     Args:
         graph: with weights in floats, not placed on codes (`place`): these learn.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,18 +12,19 @@ from nestling.models.graph import Graph
 from nestling.models.operators import Operator
 from nestling.quant.adaround import round_by_gradients
 from nestling.quant.awq import awq
-from nestling.quant.calibration import Method, WeightMethod
+from nestling.quant.calibration import WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import grouped_range
 from nestling.quant.correction import correct_biases
 from nestling.quant.equalization import equalize
 from nestling.quant.gates import split_gates
 from nestling.quant.mixed import halve
-from nestling.quant.observing import observe
+from nestling.quant.observing import needed, ranges
 from nestling.quant.placing import place
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.ranges import Range
 from nestling.quant.regions import WEIGHT_AXES
 from nestling.quant.rounding import round_by_moments
+from nestling.quant.statistics import Statistics, collect, statistics
 
 RoundingMethod = Literal["nearest", "moments", "gradients"]
 
@@ -60,29 +61,37 @@ class Quantized:
     Attributes:
         graph: with casts at the borders of 16-bit regions, and weights as they are to be rounded.
         ranges: of its tensors and constants; none where nothing is in integers.
+        statistics: that the ranges were taken from, or that were given and not used.
     """
 
     graph: Graph
     ranges: Mapping[str, Range]
+    statistics: Statistics | None = None
 
 
 def quantize(
     graph: Graph,
     policy: QuantPolicy,
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     *,
     recipe: Recipe | None = None,
     reduce_range: bool = False,
+    kept: Statistics | None = None,
 ) -> Quantized:
     """`graph` in the precisions of `policy`.
+
+    Activations are observed in the float network whose every hard swish is split, whichever of them the
+    policy splits: so its statistics are good for all policies of integers. Where weights are on the codes of
+    research precisions, or layers in 16-bit floats, that very graph is observed.
 
     Args:
         graph: the float network.
         policy: which layers.
-        images: batches (N, 3, R, R) on the device of the graph's weights; read once by the plain recipe,
-            several times by others.
+        images: batches (N, 3, R, R) on the device of the graph's weights, no iterator: read at most once by
+            the plain recipe, several times by others.
         recipe: how; the plain one where it is None.
         reduce_range: see `nestling.quant.observing.ranges`.
+        kept: statistics of another policy of this network and these images; the result is the same.
 
     Raises:
         ValueError: no images, or activations that are not finite.
@@ -93,26 +102,38 @@ def quantize(
         graph = equalize(graph)
     if how.awq and any(p.integers is not None and p.activation is None for p in precisions):
         graph = awq(graph, images, rounding=lambda operator: _stored(operator, policy))
-    exact = prepared(graph, policy)
-    graph = place(exact, policy)
-    found = observe(
+    split = split_gates(graph, policy)
+    exact = halve(split, policy)
+    placed = place(exact, policy)
+    names = needed(placed, policy)
+    counts = how.calibration not in WITHOUT_COUNTS
+    if placed is split:
+        kept = statistics(split_gates(graph, _EVERYWHERE), images, names, kept=kept, counts=counts)
+        seen = kept.histograms
+    else:
+        seen = collect(placed, images, names, counts=counts) if names else {}
+    graph = placed
+    found = ranges(
         graph,
         policy,
-        images,
+        seen,
         method=how.calibration,
         weights=how.weights,
         shared=how.shared,
         reduce_range=reduce_range,
     )
     if not found:
-        return Quantized(graph, found)
+        return Quantized(graph, found, kept)
     if how.rounding == "moments":
         graph = round_by_moments(graph, found, images)
     elif how.rounding == "gradients":
         graph = round_by_gradients(graph, found, images)
     if how.correct_biases:
         graph, found = correct_biases(graph, found, images, exact=exact)
-    return Quantized(graph, found)
+    return Quantized(graph, found, kept)
+
+
+_EVERYWHERE = QuantPolicy((("", "w8a8"),))
 
 
 def prepared(graph: Graph, policy: QuantPolicy) -> Graph:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, Operator
 
 Bounds = tuple[float, float]
 """The smallest and the largest number."""
@@ -157,11 +156,11 @@ class Statistics:
     Which images they are of is for whoever keeps them to know.
 
     Attributes:
-        graph: `graph_key` of the network.
+        graph: the network.
         histograms: tensor name -> histogram.
     """
 
-    graph: str
+    graph: Graph
     histograms: Mapping[str, Histogram]
 
     def lacking(self, graph: Graph, names: Collection[str], *, counts: bool = True) -> frozenset[str]:
@@ -172,7 +171,7 @@ class Statistics:
             names: of tensors, such as `observing.needed` gives for a policy.
             counts: whether the method reads more than extremes.
         """
-        if graph_key(graph) != self.graph:
+        if not same_network(graph, self.graph):
             return frozenset(names)
         return frozenset(
             name
@@ -191,40 +190,54 @@ def statistics(
 ) -> Statistics:
     """The statistics of `graph` with at least `names`: `kept`, and no image is read, where it suffices.
 
+    A histogram is the same whether it was kept or is made now, so ranges do not depend on what came before.
+
     Args:
         graph: the float network.
         images: batches (N, 3, R, R), the same as those of `kept`.
         names: of its tensors.
-        kept: what is known already.
+        kept: what is known already; of another network it is not used.
         counts: see `collect`.
 
     Raises:
         ValueError: see `collect`.
     """
-    lacking = frozenset(names) if kept is None else kept.lacking(graph, names, counts=counts)
-    key = graph_key(graph)
-    if kept is not None and kept.graph == key:
-        if not lacking:
-            return kept
-        more = collect(graph, images, lacking, counts=counts)
-        return replace(kept, histograms={**kept.histograms, **more})
-    return Statistics(key, collect(graph, images, lacking, counts=counts) if lacking else {})
+    if kept is None or not same_network(graph, kept.graph):
+        kept = Statistics(graph, {})
+    lacking = kept.lacking(graph, names, counts=counts)
+    if not lacking:
+        return kept
+    more = collect(graph, images, lacking, counts=counts)
+    return replace(kept, histograms={**kept.histograms, **more})
 
 
-def graph_key(graph: Graph) -> str:
-    """16 hexadecimal digits that tell a network from others: its operators, weights and resolution."""
-    digest = hashlib.blake2b(f"{graph.input} {graph.output} {graph.resolution}".encode(), digest_size=8)
-    for operator in graph.operators:
-        told = (operator.name, operator.kind, operator.inputs, sorted(operator.attributes.items()))
-        digest.update(repr(told).encode())
-        for constant in (operator.weight, operator.bias):
-            if constant is None:
-                digest.update(b"none")
-                continue
-            plain = constant.detach().cpu().contiguous()
-            digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def same_network(one: Graph, other: Graph) -> bool:
+    """Whether two graphs have the same operators, weights and resolution.
+
+    Weights that two graphs share are not compared, so that it takes no time for policies of one network.
+    """
+    if one is other:
+        return True
+    return (
+        (one.input, one.output, one.resolution) == (other.input, other.output, other.resolution)
+        and len(one.operators) == len(other.operators)
+        and all(_same(*pair) for pair in zip(one.operators, other.operators, strict=True))
+    )
+
+
+def _same(one: Operator, other: Operator) -> bool:
+    return (
+        (one.name, one.kind, one.inputs, one.attributes)
+        == (other.name, other.kind, other.inputs, other.attributes)
+        and _equal(one.weight, other.weight)
+        and _equal(one.bias, other.bias)
+    )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is other or one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _in_order_of_memory(tensor: Tensor) -> Tensor:

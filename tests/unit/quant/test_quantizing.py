@@ -93,3 +93,31 @@ def test_rounding_by_moments_and_corrected_biases_come_nearer_to_the_float_netwo
         return float((simulate(found.graph, found.ranges).run(torch.cat(batches)) - exact).square().mean())
 
     assert error(Recipe(rounding="moments", correct_biases=True)) < 0.7 * error(Recipe())
+
+
+def test_kept_statistics_of_another_policy_give_the_same_ranges(
+    graph: Graph, batches: tuple[Tensor, ...]
+) -> None:
+    first, second = QuantPolicy((("0", "w8a8"), ("2", "w8a8"))), QuantPolicy((("2", "w8a8"), ("6", "w8a8")))
+    kept = quantize(graph, first, batches).statistics
+    fresh, hit = quantize(graph, second, batches), quantize(graph, second, batches, kept=kept)
+    assert fresh.ranges.keys() == hit.ranges.keys()
+    for name, found in fresh.ranges.items():
+        assert torch.equal(found.scale, hit.ranges[name].scale)
+        assert torch.equal(found.zero_point, hit.ranges[name].zero_point)
+    assert hit.statistics is not None
+    assert (
+        quantize(graph, first, (), kept=hit.statistics).ranges.keys()
+        == quantize(graph, first, batches).ranges.keys()
+    )
+
+
+def test_statistics_of_weights_on_other_codes_are_not_kept(graph: Graph, batches: tuple[Tensor, ...]) -> None:
+    exact = QuantPolicy((("0", "w8a8"), ("2", "w8a8")))
+    coded = QuantPolicy((("0", "ternary"), ("2", "w8a8")))
+    kept = quantize(graph, exact, batches).statistics
+    fresh, after = quantize(graph, coded, batches), quantize(graph, coded, batches, kept=kept)
+    (read,) = next(operator.inputs for operator in graph.operators if operator.layer == "2")
+    assert torch.equal(fresh.ranges[read].scale, after.ranges[read].scale)
+    assert not torch.equal(fresh.ranges[read].scale, quantize(graph, exact, batches).ranges[read].scale)
+    assert after.statistics is kept
