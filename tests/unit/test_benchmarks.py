@@ -9,6 +9,7 @@ import json
 import random
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -87,8 +88,10 @@ def good_figures(name: str) -> dict[str, Any]:
         timed = {"milliseconds": {step: [ms, ms] for step, ms in milliseconds.items()}}
         return {"spaces": {"once-for-all": timed}}
     if name == "candidate_cost":
-        seconds = {"recalibrate": [2.0, 2.0, 2.0], "observe": [0.1, 0.1, 0.3], "session": [0.2, 0.2, 0.2]}
-        return {"spaces": {"once-for-all": {"seconds": seconds}}, "peers_seconds": {"quantize_static": 6.0}}
+        # what the worker does meanwhile is no part of it
+        seconds = {"recalibrate": [2.0] * 3, "observe": [0.1, 0.1, 0.3], "session": [9.0] * 3}
+        told = {"seconds": {**seconds, "compare": [0.2] * 3}, "again": [0.1] * 3}
+        return {"spaces": {"once-for-all": told}, "peers_seconds": {"quantize_static": 6.0}}
     if name == "joint_search":
 
         def judged(volume: float, latency: float) -> dict[str, Any]:
@@ -198,7 +201,7 @@ BAD: list[tuple[str, Edit]] = [
     ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[5.0, 5.0])),
     ("arch_switch", change("spaces", "once-for-all", "milliseconds", "lend", to=[float("nan")] * 2)),
     ("candidate_cost", change("spaces", "once-for-all", "seconds", "observe", to=[0.1, 0.3, 0.3])),
-    ("candidate_cost", change("spaces", "once-for-all", "seconds", "session", to=[float("nan")] * 3)),
+    ("candidate_cost", change("spaces", "once-for-all", "seconds", "compare", to=[float("nan")] * 3)),
     ("joint_search", change("seeds", 0, "joint", "members", 0, "latency_ms", to=0.8)),
     ("joint_search", change("seeds", 0, "joint", "members", 0, "size_mb", to=1.3)),
     ("joint_search", change("seeds", 0, "joint", "members", 0, "top1", to=0.79)),
@@ -316,6 +319,25 @@ def test_a_stopwatch_counts_a_stage_inside_another_once(load: Load, monkeypatch:
     with watch.stage("outer"), watch.stage("inner"):
         pass
     assert watch.seconds == {"inner": 3.0, "outer": 7.0}
+
+
+def test_a_stopwatch_takes_nothing_off_a_stage_for_another_thread(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("candidate_cost")
+    times = iter([0.0, 1.0, 4.0, 10.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    watch = module.Stopwatch()
+
+    def beside() -> None:
+        with watch.stage("beside"):
+            pass
+
+    with watch.stage("here"):
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+    assert watch.seconds == {"beside": 3.0, "here": 10.0}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
     images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
     tolerance, typical = candidate.tolerances
     try:
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside, _a_core_left():
             answer = beside.submit(_answer, bench.device, candidate, images.numpy())
             expected = _expected(candidate, images)
             _ = candidate.cost  # counted while the device is at work
@@ -244,6 +245,21 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
         candidate.path.unlink(missing_ok=True)
         raise EvaluationFailed(str(error)) from error
     return verified.worst_error
+
+
+@contextmanager
+def _a_core_left() -> Iterator[None]:
+    """PyTorch computes with one thread less, where it has several.
+
+    Its threads wait for each other at every operator: with one for each core, and a core taken by the
+    device's worker, each of a thousand operators would wait for the scheduler.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _answer(device: Device, candidate: Candidate, images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -89,6 +89,20 @@ def test_a_file_does_not_depend_on_which_came_before(bench: Workbench) -> None:
         assert [written(bench, arch) for arch in order] == [fresh[archs.index(arch)] for arch in order]
 
 
+def test_pytorch_leaves_a_core_to_the_worker_and_takes_it_back(bench: Workbench) -> None:
+    threads: list[int] = []
+    network = float_network(bench, arch_with(bench, "fp32")).network
+    network.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        written(bench, arch_with(bench, "fp32"))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [3, 2]  # traced, then compared; on a machine of any size
+
+
 def test_another_policy_of_a_network_reads_no_images(bench: Workbench) -> None:
     read = 0
     images, again = bench.calibration_images, bench.recalibration_images

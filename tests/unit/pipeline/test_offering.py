@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from nestling.config import ConfigError, load_config
 from nestling.pipeline import Silent, offering
@@ -116,4 +118,33 @@ def test_a_kept_precision_that_the_device_refuses_is_named(
     bench = Workbench(Run.create(tmp_path / "run", config))
     vars(bench)["device"] = NoDevice()
     with pytest.raises(ConfigError, match=r"quant.keep: a device cannot use 'w8a8' for 'first': .*refused"):
+        offer_precisions(bench, listener=Silent())
+
+
+class Waves(nn.Module):
+    """What no translation covers, behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sin(self.stem(images)).mean((2, 3))
+
+
+def test_of_networks_that_cannot_be_traced_all_but_fp32_is_dropped(bench: Workbench) -> None:
+    vars(bench)["family"] = replace(bench.family, build=lambda _: Waves())
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    [note] = listener.notes
+    assert note.startswith("dropped w8a8 from stem.precision, s1.precision, head.precision: ")
+    assert "sin cannot be traced" in note
+    fitted = bench.fitted(bench.given_space)
+    assert fitted.by_name["s1.precision"].values == ("fp32",)
+
+
+def test_a_network_that_cannot_be_traced_needs_fp32(bench: Workbench) -> None:
+    vars(bench)["family"] = replace(bench.family, build=lambda _: Waves())
+    vars(bench)["_bare_space"] = load_space(TESTS / "toy_space.toml").only({"stem.precision": ["w8a8"]})
+    with pytest.raises(ConfigError, match=r"no precision of stem\.precision .*sin .*add 'fp32'"):
         offer_precisions(bench, listener=Silent())
