@@ -90,8 +90,8 @@ def good_figures(name: str) -> dict[str, Any]:
     if name == "candidate_cost":
         # what the worker does meanwhile is no part of it
         seconds = {"recalibrate": [2.0] * 3, "observe": [0.1, 0.1, 0.3], "session": [9.0] * 3}
-        told = {"seconds": {**seconds, "compare": [0.2] * 3}, "again": [0.1] * 3}
-        return {"spaces": {"once-for-all": told}, "peers_seconds": {"quantize_static": 6.0}}
+        candidates = {"seconds": {**seconds, "compare": [0.2] * 3}, "again": [0.1] * 3}
+        return {"spaces": {"once-for-all": candidates}, "peers_seconds": {"quantize_static": 6.0}}
     if name == "joint_search":
 
         def judged(volume: float, latency: float) -> dict[str, Any]:

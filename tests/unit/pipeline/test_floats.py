@@ -100,7 +100,8 @@ def test_pytorch_leaves_a_core_to_the_worker_and_takes_it_back(bench: Workbench)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert threads == [3, 2]  # traced, then compared; on a machine of any size
+    assert threads[0] == 3  # traced
+    assert set(threads[1:]) == {2}  # compared, counted
 
 
 def test_another_policy_of_a_network_reads_no_images(bench: Workbench) -> None:

@@ -137,7 +137,7 @@ def test_of_networks_that_cannot_be_traced_all_but_fp32_is_dropped(bench: Workbe
     listener = Notes()
     offer_precisions(bench, listener=listener)
     [note] = listener.notes
-    assert note.startswith("dropped w8a8 from stem.precision, s1.precision, head.precision: ")
+    assert note.startswith("dropped w8a8 from stem.precision, head.precision, s1.precision: ")
     assert "sin cannot be traced" in note
     fitted = bench.fitted(bench.given_space)
     assert fitted.by_name["s1.precision"].values == ("fp32",)
