@@ -107,7 +107,13 @@ def good_figures(name: str) -> dict[str, Any]:
         both = [methods, {**methods, "joint": judged(0.47, 0.85)}]
         return {"trials": 60, "largest": largest, "seeds": both}
     if name == "quant_parity":
-        parity = {"arch": "a", "simulated_top1": 0.4, "runtime_top1": 0.405, "within_a_step": 0.995}
+        parity: dict[str, Any] = {
+            "arch": "a",
+            "simulated_top1": 0.4,
+            "runtime_top1": 0.405,
+            "within_a_step": 0.995,
+        }
+        parity |= {"identical": 0.5}
         return {"images": 1000, "families": {"vit": [parity, copy.deepcopy(parity)]}}
     if name == "quant_speed":
         networks = {each: speed_row(1.0, 0.45) for each in ("resnet18", "resnet50")}
@@ -208,7 +214,7 @@ BAD: list[tuple[str, Edit]] = [
     ("joint_search", change("seeds", 1, "joint", "hypervolume", "latency_ms", to=0.3)),
     ("joint_search", change("seeds", 1, "joint", "hypervolume", "latency_ms", to=float("nan"))),
     ("quant_parity", change("families", "vit", 0, "runtime_top1", to=0.406)),
-    ("quant_parity", change("families", "vit", 1, "within_a_step", to=0.98)),
+    ("quant_parity", change("families", "vit", 1, "within_a_step", to=0.984)),
     ("quant_parity", change("families", "vit", 1, "within_a_step", to=float("nan"))),
     ("quant_speed", change("networks", "resnet18", "ours / theirs", "ratio", to=1.04)),
     ("quant_speed", change("networks", "resnet50", "ours / fp32", "ratio", to=0.46)),

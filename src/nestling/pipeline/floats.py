@@ -27,13 +27,24 @@ class FloatNetwork:
         network: in evaluation mode; not to be changed from now on.
         resolution: of its images, in pixels.
         image: (1, 3, R, R), one that it was made for.
+        graph: in place of the one that tracing gives.
+        counted: in place of what counting gives.
 
     Attributes:
         statistics: what its tensors held on the calibration images, as far as policies have asked.
     """
 
-    def __init__(self, network: nn.Module, *, resolution: int, image: Tensor) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        resolution: int,
+        image: Tensor,
+        graph: Graph | None = None,
+        counted: Cost | None = None,
+    ) -> None:
         self.network = network
+        self._graph, self._counted = graph, counted
         self.resolution = resolution
         self.statistics: Statistics | None = None
         self._image = image
@@ -41,15 +52,23 @@ class FloatNetwork:
     @cached_property
     def cost(self) -> Cost:
         """What an image costs."""
-        return cost(self.network, self.resolution)
+        return self._counted or cost(self.network, self.resolution)
 
     @cached_property
     def traced(self) -> Graph | Untraceable:
         """The network as a graph, or why it cannot be one."""
+        if self._graph is not None:
+            return self._graph
         try:
             return trace(self.network, resolution=self.resolution, image=self._image)
         except Untraceable as error:
             return error.with_traceback(None)  # its frames hold what was traced so far
+
+    def changed(self, *, graph: Graph, counted: Cost) -> FloatNetwork:
+        """The same network, of which another graph that computes the same is to be written."""
+        return FloatNetwork(
+            self.network, resolution=self.resolution, image=self._image, graph=graph, counted=counted
+        )
 
 
 class FloatNetworks:

@@ -24,6 +24,7 @@ from nestling.quant.layers import bits
 from nestling.quant.learning import LearnedGraph, Learning, Scales
 from nestling.quant.quantizing import prepared
 from nestling.quant.regions import WEIGHT_AXES
+from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.strategies import Alone
 from nestling.train.teachers import SoftLabels
@@ -148,9 +149,10 @@ def train_quantized(
     assert isinstance(network, LearnedGraph)
     quantized = network.settled()
     _write(bench, candidate.arch, quantized, path, told)
-    more = macs(begins.plain) - macs(candidate.graph)
-    cost = replace(candidate.cost, macs=candidate.cost.macs + more)
-    trained = replace(candidate, path=path, graph=begins.plain, quantized=quantized, cost=cost)
+    more = macs(begins.plain) - macs(_graph(candidate))
+    counted = replace(candidate.cost, macs=candidate.cost.macs + more)
+    floats = candidate.floats.changed(graph=begins.plain, counted=counted)
+    trained = replace(candidate, path=path, floats=floats, quantized=quantized)
     return replace(trained, worst_error=verify_candidate(bench, trained)), _cost(record_folders(folder))
 
 
@@ -160,10 +162,22 @@ def record_folders(folder: Path) -> list[Path]:
     return parts or [folder]
 
 
+def _graph(candidate: Candidate) -> Graph:
+    """Of what is to be trained as it is written.
+
+    Raises:
+        EvaluationFailed: it cannot be traced.
+    """
+    traced = candidate.floats.traced
+    if not isinstance(traced, Graph):
+        raise EvaluationFailed(f"{candidate.arch.key} cannot be trained in its precisions: {traced}")
+    return traced
+
+
 def begin(bench: Workbench, candidate: Candidate, *, method: Method) -> Anew:
     """`candidate` as it begins to train in its precisions."""
     policy, quant = candidate.policy, bench.config.quant
-    graph, factors = candidate.graph, dict[str, Factors]()
+    graph, factors = _graph(candidate), dict[str, Factors]()
     if method == "ofq":
         graph, factors = reparameterize(graph, only=lambda layer: min(bits(policy.precision(layer))) < 8)
     narrow = bench.device.fingerprint.int8_saturates
