@@ -1,0 +1,242 @@
+"""A Gaussian process over archs: what a metric is likely to be, how sure that is, and jointly for many.
+
+What is known beforehand about networks is put into the kernel, a sum of parts whose weights the trials
+decide: a trend along the size (and along costs that are known exactly, and priors) of a network, straight and
+bent; an effect of each value of each choice; pairs of values, above all of one stage; and anything smooth.
+Weights and noise are those of the greatest posterior density (Rasmussen & Williams 2006, chapter 5), so few
+trials give a plain model, and many a rich one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize
+
+from nestling.search.encoding import Rows
+
+Vector = NDArray[np.float64]
+
+PARTS = ("trend", "bend", "effects", "stage pairs", "pairs", "smooth")
+TYPICAL = (1.0, 0.5, 0.3, 0.05, 0.02, 0.1)
+"""Variance that each part is expected to explain, of a metric of variance 1."""
+TYPICAL_NOISE = 1e-3
+SPREAD, NOISE_SPREAD = 1.5, 2.5
+"""Standard deviations of the logarithms of what is expected."""
+LEAST_NOISE = 1e-6
+WEIGHED = 256
+"""Trials that weights are fitted on at most: the fit takes their number cubed."""
+STEPS = 40
+SMOOTHNESS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the kernel sees of archs.
+
+    Attributes:
+        trend: what a metric rises or falls with, each of mean 0 and variance 1 over the trials (N, trends).
+        values: one-hot values, centred and scaled so that a row has about length 1 (N, values).
+        stages: where the columns of each stage's choices are in `values`.
+    """
+
+    trend: Rows
+    values: Rows
+    stages: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, places: NDArray[np.int64] | slice) -> Features:
+        """Some of the rows."""
+        return Features(self.trend[places], self.values[places], self.stages)
+
+
+def parts(left: Features, right: Features) -> list[Rows]:
+    """The kernel's parts between rows of `left` (N) and `right` (M), (N, M) each, in the order of `PARTS`."""
+    across = left.trend.shape[1]
+    straight = left.trend @ right.trend.T / across
+    by_stage = [left.values[:, s] @ right.values[:, s].T for s in left.stages]
+    effects = np.sum(by_stage, axis=0)
+    stage_pairs = np.sum([stage * stage for stage in by_stage], axis=0) * len(by_stage)
+    return [
+        1.0 + straight,
+        np.exp(-_distances(left.trend, right.trend, straight * across) / (2 * across)),
+        effects,
+        stage_pairs,
+        effects * effects,
+        np.exp(-_distances(left.values, right.values, effects) / (2 * SMOOTHNESS**2)),
+    ]
+
+
+def _distances(left: Rows, right: Rows, products: Rows) -> Rows:
+    lengths = (left * left).sum(axis=1)[:, None] + (right * right).sum(axis=1)[None, :]
+    distances: Rows = np.maximum(lengths - 2 * products, 0.0)
+    return distances
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Variances of the kernel's parts and of the noise, and the logarithm of the evidence for them."""
+
+    parts: tuple[float, ...]
+    noise: float
+    evidence: float
+
+    def sum(self, parts_: Sequence[Rows]) -> Rows:
+        """The kernel."""
+        total: Rows = sum((w * part for w, part in zip(self.parts, parts_, strict=True)), np.float64(0.0))
+        return total
+
+
+def fit_weights(parts_: Sequence[Rows], values: Vector) -> Weights:
+    """The weights of greatest posterior density for `values` (N,), of about mean 0 and variance 1.
+
+    `parts_` are the kernel's parts between all rows.
+    """
+    stack = np.stack(parts_)
+    expected = np.log([*TYPICAL, TYPICAL_NOISE])
+    spread = np.array([SPREAD] * len(TYPICAL) + [NOISE_SPREAD])
+    eye = np.eye(len(values))
+
+    def loss(logs: Vector) -> tuple[float, Vector]:
+        weights = np.exp(logs)
+        kernel = np.tensordot(weights[:-1], stack, axes=1) + (weights[-1] + LEAST_NOISE) * eye
+        try:
+            factor = cholesky(kernel, lower=True, check_finite=False)
+        except LinAlgError:
+            return 1e10, np.zeros_like(logs)
+        inverse = cho_solve((factor, True), eye, check_finite=False)
+        solved = inverse @ values
+        away = (logs - expected) / spread
+        value = 0.5 * values @ solved + np.log(np.diag(factor)).sum() + 0.5 * away @ away
+        outer = np.outer(solved, solved) - inverse
+        slopes = np.append(np.tensordot(stack, outer, axes=([1, 2], [0, 1])), np.trace(outer))
+        return float(value), -0.5 * weights * slopes + away / spread
+
+    bounds = [(e - 4 * s, e + 4 * s) for e, s in zip(expected, spread, strict=True)]
+    found = minimize(loss, expected, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS})
+    weights = np.exp(found.x)
+    return Weights(tuple(weights[:-1].tolist()), float(weights[-1]) + LEAST_NOISE, -float(found.fun))
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """A metric, given trials.
+
+    Attributes:
+        seen: of the trials.
+        weights: of the kernel.
+        factor: the lower Cholesky factor of the kernel of the trials, noise included.
+        solved: its inverse times the scaled values.
+        centre: of the values.
+        scale: of the values.
+        logarithmic: whether the model is of the metric's logarithm.
+    """
+
+    seen: Features
+    weights: Weights
+    factor: Rows
+    solved: Vector
+    centre: float
+    scale: float
+    logarithmic: bool
+
+    def mean(self, rows: Features) -> Vector:
+        """The metric expected of each row (N,)."""
+        return self.told(self.weights.sum(parts(rows, self.seen)) @ self.solved)
+
+    def joint(self, rows: Features) -> tuple[Vector, Rows]:
+        """Mean (N,) and covariance (N, N) of the scaled metric without its noise; `told` turns it back."""
+        across = self.weights.sum(parts(rows, self.seen))
+        explained = solve_triangular(self.factor, across.T, lower=True, check_finite=False)
+        return across @ self.solved, self.weights.sum(parts(rows, rows)) - explained.T @ explained
+
+    def draw(self, rows: Features, count: int, rng: np.random.Generator) -> Rows:
+        """`count` draws of the metric of all rows together, without its noise (count, N)."""
+        mean, covariance = self.joint(rows)
+        jitter = 1e-9
+        while True:
+            try:
+                factor = cholesky(covariance + jitter * np.eye(len(mean)), lower=True, check_finite=False)
+                break
+            except LinAlgError:
+                jitter *= 100
+        return self.told(mean + rng.standard_normal((count, len(mean))) @ factor.T)
+
+    def told(self, scaled: Rows) -> Rows:
+        """The metric in its own unit."""
+        values: Rows = self.centre + self.scale * scaled
+        return np.exp(values) if self.logarithmic else values
+
+    def held_out(self, folds: int) -> Vector:
+        """What the model says of each trial when its fold is left out, weights kept (N,), scaled.
+
+        Exactly, from the inverse of the kernel (Rasmussen & Williams 2006, 5.4.2, for blocks).
+        """
+        inverse = cho_solve((self.factor, True), np.eye(len(self.solved)), check_finite=False)
+        values = self.factor @ (self.factor.T @ self.solved)
+        left: Vector = np.empty(len(values))
+        for fold in range(folds):
+            out = np.arange(fold, len(values), folds)
+            if len(out):
+                left[out] = values[out] - np.linalg.solve(inverse[np.ix_(out, out)], self.solved[out])
+        return left
+
+
+def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
+    """The metric given `values` (N,) of the trials that were `seen`.
+
+    Weights, and whether the logarithm is modelled, are decided on the first `weighed` trials, evenly spaced
+    ones where they are many; the same trials are not weighed twice.
+    """
+    some = np.unique(np.linspace(0, weighed - 1, min(weighed, WEIGHED)).round().astype(np.int64))
+    weights, logarithmic = _weighed(_Frozen(seen.take(some)), values[some].tobytes())
+    wanted = np.log(values) if logarithmic and (values > 0).all() else values
+    centre, scale = float(wanted[some].mean()), _scale(wanted[some])
+    scaled = (wanted - centre) / scale
+    kernel = weights.sum(parts(seen, seen))
+    kernel[np.diag_indices_from(kernel)] += weights.noise
+    factor = cholesky(kernel, lower=True, check_finite=False)
+    solved = cho_solve((factor, True), scaled, check_finite=False)
+    return Posterior(seen, weights, factor, solved, centre, scale, logarithmic and (values > 0).all())
+
+
+def _scale(values: Vector) -> float:
+    spread = float(values.std())
+    return spread if spread > 1e-12 * max(1.0, float(np.abs(values).max())) else 1.0
+
+
+class _Frozen:
+    """Features as a key."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+        self._key = (features.trend.tobytes(), features.values.tobytes(), str(features.stages))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Frozen) and self._key == other._key
+
+
+@lru_cache(maxsize=32)
+def _weighed(seen: _Frozen, content: bytes) -> tuple[Weights, bool]:
+    """The weights for values of trials, and whether they are of the values' logarithm."""
+    values = np.frombuffer(content)
+    between = parts(seen.features, seen.features)
+    best = (fit_weights(between, (values - values.mean()) / _scale(values)), False)
+    if (values > 0).all() and values.max() > 1.5 * values.min():
+        logs = np.log(values)
+        other = fit_weights(between, (logs - logs.mean()) / _scale(logs))
+        # densities of the values themselves: a change of variables
+        of_logs = other.evidence - len(values) * np.log(_scale(logs)) - logs.sum()
+        if of_logs > best[0].evidence - len(values) * np.log(_scale(values)):
+            best = (other, True)
+    return best
