@@ -35,7 +35,8 @@ def reach(losses: Draws, reference: NDArray[np.float64], directions: Draws) -> D
     for objective in range(losses.shape[2]):
         room = reference[objective] - losses[:, :, objective]
         np.minimum(far, room[:, :, None] / directions[:, None, :, objective], out=far)
-    return np.maximum(far, 0.0) ** losses.shape[2]
+    reached: Draws = np.maximum(far, 0.0) ** losses.shape[2]
+    return reached
 
 
 def draw_directions(draws: int, count: int, objectives: int, rng: np.random.Generator) -> Draws:

@@ -19,6 +19,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from nestling.search.encoding import Rows
+from nestling.search.features import Features, Frozen
 
 Vector = NDArray[np.float64]
 
@@ -33,28 +34,6 @@ WEIGHED = 256
 """Trials that weights are fitted on at most: the fit takes their number cubed."""
 STEPS = 40
 SMOOTHNESS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What the kernel sees of archs.
-
-    Attributes:
-        trend: what a metric rises or falls with, each of mean 0 and variance 1 over the trials (N, trends).
-        values: one-hot values, centred and scaled so that a row has about length 1 (N, values).
-        stages: where the columns of each stage's choices are in `values`.
-    """
-
-    trend: Rows
-    values: Rows
-    stages: tuple[slice, ...]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def take(self, places: NDArray[np.int64] | slice) -> Features:
-        """Some of the rows."""
-        return Features(self.trend[places], self.values[places], self.stages)
 
 
 def parts(left: Features, right: Features) -> list[Rows]:
@@ -90,7 +69,9 @@ class Weights:
 
     def sum(self, parts_: Sequence[Rows]) -> Rows:
         """The kernel."""
-        total: Rows = sum((w * part for w, part in zip(self.parts, parts_, strict=True)), np.float64(0.0))
+        total: Rows = np.zeros_like(parts_[0])
+        for weight, part in zip(self.parts, parts_, strict=True):
+            total += weight * part
         return total
 
 
@@ -196,15 +177,16 @@ def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
     ones where they are many; the same trials are not weighed twice.
     """
     some = np.unique(np.linspace(0, weighed - 1, min(weighed, WEIGHED)).round().astype(np.int64))
-    weights, logarithmic = _weighed(_Frozen(seen.take(some)), values[some].tobytes())
-    wanted = np.log(values) if logarithmic and (values > 0).all() else values
+    weights, logarithmic = _weighed(Frozen(seen.take(some)), values[some].tobytes())
+    logarithmic = logarithmic and bool((values > 0).all())
+    wanted = np.log(values) if logarithmic else values
     centre, scale = float(wanted[some].mean()), _scale(wanted[some])
     scaled = (wanted - centre) / scale
     kernel = weights.sum(parts(seen, seen))
     kernel[np.diag_indices_from(kernel)] += weights.noise
     factor = cholesky(kernel, lower=True, check_finite=False)
     solved = cho_solve((factor, True), scaled, check_finite=False)
-    return Posterior(seen, weights, factor, solved, centre, scale, logarithmic and (values > 0).all())
+    return Posterior(seen, weights, factor, solved, centre, scale, logarithmic)
 
 
 def _scale(values: Vector) -> float:
@@ -212,22 +194,8 @@ def _scale(values: Vector) -> float:
     return spread if spread > 1e-12 * max(1.0, float(np.abs(values).max())) else 1.0
 
 
-class _Frozen:
-    """Features as a key."""
-
-    def __init__(self, features: Features) -> None:
-        self.features = features
-        self._key = (features.trend.tobytes(), features.values.tobytes(), str(features.stages))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen) and self._key == other._key
-
-
 @lru_cache(maxsize=32)
-def _weighed(seen: _Frozen, content: bytes) -> tuple[Weights, bool]:
+def _weighed(seen: Frozen, content: bytes) -> tuple[Weights, bool]:
     """The weights for values of trials, and whether they are of the values' logarithm."""
     values = np.frombuffer(content)
     between = parts(seen.features, seen.features)
