@@ -41,6 +41,7 @@ class Network(nn.Module):
         self.head = nn.Linear(out, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits (N, 10) of images (N, 3, R, R)."""
         return self.head(self.pool(self.block(self.stem(images))).flatten(1))
 
 

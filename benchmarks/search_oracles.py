@@ -218,7 +218,7 @@ def synthetic(*, seed: int = 0, stages: int = 6, blocks: int = 3, noise: float =
 
 
 def precision(*, seed: int = 0) -> Oracle:
-    """Blocks in 8 bits or in floats: timed latency, and an accuracy that each block's 8 bits lower differently.
+    """Blocks in 8 bits or floats: timed latency, and an accuracy that 8 bits lower block by block.
 
     Raises:
         FileNotFoundError: the blocks were not timed yet; `search_blocks.py` does.

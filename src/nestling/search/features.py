@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,22 +25,28 @@ class Features:
         trend: what a metric may rise or fall with, of about mean 0 and variance 1 over a space (N, trends).
         values: one-hot values, centred and scaled so that a row has about length 1 (N, values).
         stages: where the columns of each stage's choices are in `values`.
+        choices: where those of each choice are.
     """
 
     trend: Rows
     values: Rows
     stages: tuple[slice, ...]
+    choices: tuple[slice, ...]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def take(self, places: NDArray[np.int64] | slice) -> Features:
         """Some of the rows."""
-        return Features(self.trend[places], self.values[places], self.stages)
+        return replace(self, trend=self.trend[places], values=self.values[places])
 
     def with_trends(self, columns: tuple[int, ...]) -> Features:
         """The same with some of the trends."""
-        return Features(self.trend[:, list(columns)], self.values, self.stages)
+        return replace(self, trend=self.trend[:, list(columns)])
+
+    def scaled(self, factors: Rows) -> Features:
+        """The same with each column of the values times a factor (values,)."""
+        return replace(self, values=self.values * factors)
 
     @property
     def rows(self) -> Rows:
@@ -84,7 +90,7 @@ class FeatureMap:
         centre, width = self._trend_scale
         of_values, length = self._values_scale
         values = ((self.encoding.one_hot(codes) - of_values) / length)[:, self._order]
-        return Features((self._trend(codes) - centre) / width, values, self._stages)
+        return Features((self._trend(codes) - centre) / width, values, self._stages, self._choices)
 
     @property
     def certain(self) -> int:
@@ -119,6 +125,14 @@ class FeatureMap:
 
     @cached_property
     def _stages(self) -> tuple[slice, ...]:
-        widths = [int(self.encoding.levels[group].sum()) for group in self.encoding.groups]
-        ends = np.cumsum(widths).tolist()
-        return tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))
+        return _slices([int(self.encoding.levels[group].sum()) for group in self.encoding.groups])
+
+    @cached_property
+    def _choices(self) -> tuple[slice, ...]:
+        return _slices([int(self.encoding.levels[c]) for group in self.encoding.groups for c in group])
+
+
+def _slices(widths: Sequence[int]) -> tuple[slice, ...]:
+    """Slices of some widths, one after the other."""
+    ends = np.cumsum(widths).tolist()
+    return tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))

@@ -104,7 +104,7 @@ def settled(count: int) -> int:
 
 @lru_cache(maxsize=32)
 def _helpful(seen: Frozen, content: bytes, certain: int) -> tuple[int, ...]:
-    """The trends to use: those that are no priors, and each prior that lowers the held-out error."""
+    """The trends to use: those that are no priors, and priors, as long as one more lowers the held-out error."""
     values = np.frombuffer(content)
     kept = tuple(range(certain))
     if seen.features.trend.shape[1] == certain or len(values) < 2 * FOLDS:
@@ -115,10 +115,14 @@ def _helpful(seen: Frozen, content: bytes, certain: int) -> tuple[int, ...]:
         return float(np.sqrt(np.mean((posterior.told(posterior.held_out(FOLDS)) - values) ** 2)))
 
     least = error(kept)
-    for prior in range(certain, seen.features.trend.shape[1]):
-        tried = error((*kept, prior))
-        if tried < HELPS * least:
-            kept, least = (*kept, prior), tried
+    left = set(range(certain, seen.features.trend.shape[1]))
+    while left:
+        errors = {prior: error((*kept, prior)) for prior in sorted(left)}
+        best = min(errors, key=lambda prior: errors[prior])
+        if errors[best] >= HELPS * least:
+            break
+        kept, least = (*kept, best), errors[best]
+        left.remove(best)
     return kept
 
 

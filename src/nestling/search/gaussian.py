@@ -4,7 +4,9 @@ What is known beforehand about networks is put into the kernel, a sum of parts w
 decide: a trend along the size (and along costs that are known exactly, and priors) of a network, straight and
 bent; an effect of each value of each choice; pairs of values, above all of one stage; and anything smooth.
 Weights and noise are those of the greatest posterior density (Rasmussen & Williams 2006, chapter 5), so few
-trials give a plain model, and many a rich one.
+trials give a plain model, and many a rich one. Choices that have larger effects get more weight in all parts
+(automatic relevance determination, MacKay 1994; Tipping 2001): what matters alone is likelier to matter in
+pairs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ LEAST_NOISE = 1e-6
 WEIGHED = 256
 """Trials that weights are fitted on at most: the fit takes their number cubed."""
 STEPS = 40
+ROUNDS = 2
+"""Times that relevances are found anew from the effects."""
+LEAST_RELEVANCE = 0.1
 SMOOTHNESS = 1.0
 
 
@@ -118,6 +123,7 @@ class Posterior:
         centre: of the values.
         scale: of the values.
         logarithmic: whether the model is of the metric's logarithm.
+        relevances: factors of the features' values; `seen` has them already.
     """
 
     seen: Features
@@ -127,16 +133,19 @@ class Posterior:
     centre: float
     scale: float
     logarithmic: bool
+    relevances: Vector
 
     def mean(self, rows: Features) -> Vector:
         """The metric expected of each row (N,)."""
-        return self.told(self.weights.sum(parts(rows, self.seen)) @ self.solved)
+        own = rows.scaled(self.relevances)
+        return self.told(self.weights.sum(parts(own, self.seen)) @ self.solved)
 
     def joint(self, rows: Features) -> tuple[Vector, Rows]:
         """Mean (N,) and covariance (N, N) of the scaled metric without its noise; `told` turns it back."""
-        across = self.weights.sum(parts(rows, self.seen))
+        own = rows.scaled(self.relevances)
+        across = self.weights.sum(parts(own, self.seen))
         explained = solve_triangular(self.factor, across.T, lower=True, check_finite=False)
-        return across @ self.solved, self.weights.sum(parts(rows, rows)) - explained.T @ explained
+        return across @ self.solved, self.weights.sum(parts(own, own)) - explained.T @ explained
 
     def draw(self, rows: Features, count: int, rng: np.random.Generator) -> Rows:
         """`count` draws of the metric of all rows together, without its noise (count, N)."""
@@ -177,16 +186,22 @@ def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
     ones where they are many; the same trials are not weighed twice.
     """
     some = np.unique(np.linspace(0, weighed - 1, min(weighed, WEIGHED)).round().astype(np.int64))
-    weights, logarithmic = _weighed(Frozen(seen.take(some)), values[some].tobytes())
+    weights, relevances, logarithmic = _weighed(Frozen(seen.take(some)), values[some].tobytes())
     logarithmic = logarithmic and bool((values > 0).all())
     wanted = np.log(values) if logarithmic else values
     centre, scale = float(wanted[some].mean()), _scale(wanted[some])
-    scaled = (wanted - centre) / scale
-    kernel = weights.sum(parts(seen, seen))
+    own = seen.scaled(relevances)
+    factor = _factor(weights, parts(own, own))
+    solved = cho_solve((factor, True), (wanted - centre) / scale, check_finite=False)
+    return Posterior(own, weights, factor, solved, centre, scale, logarithmic, relevances)
+
+
+def _factor(weights: Weights, parts_: Sequence[Rows]) -> Rows:
+    """The lower Cholesky factor of the kernel with its noise."""
+    kernel = weights.sum(parts_)
     kernel[np.diag_indices_from(kernel)] += weights.noise
-    factor = cholesky(kernel, lower=True, check_finite=False)
-    solved = cho_solve((factor, True), scaled, check_finite=False)
-    return Posterior(seen, weights, factor, solved, centre, scale, logarithmic)
+    factor: Rows = cholesky(kernel, lower=True, check_finite=False)
+    return factor
 
 
 def _scale(values: Vector) -> float:
@@ -195,16 +210,48 @@ def _scale(values: Vector) -> float:
 
 
 @lru_cache(maxsize=32)
-def _weighed(seen: Frozen, content: bytes) -> tuple[Weights, bool]:
-    """The weights for values of trials, and whether they are of the values' logarithm."""
+def _weighed(seen: Frozen, content: bytes) -> tuple[Weights, Vector, bool]:
+    """Weights and relevances for values of trials, and whether they are of the values' logarithm."""
     values = np.frombuffer(content)
-    between = parts(seen.features, seen.features)
-    best = (fit_weights(between, (values - values.mean()) / _scale(values)), False)
+    plain = _relevant(seen.features, (values - values.mean()) / _scale(values))
     if (values > 0).all() and values.max() > 1.5 * values.min():
         logs = np.log(values)
-        other = fit_weights(between, (logs - logs.mean()) / _scale(logs))
+        other = _relevant(seen.features, (logs - logs.mean()) / _scale(logs))
         # densities of the values themselves: a change of variables
-        of_logs = other.evidence - len(values) * np.log(_scale(logs)) - logs.sum()
-        if of_logs > best[0].evidence - len(values) * np.log(_scale(values)):
-            best = (other, True)
+        of_logs = other[0].evidence - len(values) * np.log(_scale(logs)) - logs.sum()
+        if of_logs > plain[0].evidence - len(values) * np.log(_scale(values)):
+            return (*other, True)
+    return (*plain, False)
+
+
+def _relevant(seen: Features, values: Vector) -> tuple[Weights, Vector]:
+    """The weights for scaled values, and the relevances, that have most evidence of some rounds."""
+    factors = np.ones(seen.values.shape[1])
+    between = parts(seen, seen)
+    weights = fit_weights(between, values)
+    best = (weights, factors)
+    for _ in range(ROUNDS if len(seen.choices) > 1 else 0):
+        factors = factors * _relevances(seen.scaled(factors), values, weights, between)
+        strengths = np.array([np.square(factors[columns]).mean() for columns in seen.choices])
+        strengths = np.maximum(strengths / strengths.mean(), LEAST_RELEVANCE)
+        for columns, strength in zip(seen.choices, strengths / strengths.mean(), strict=True):
+            factors[columns] = np.sqrt(strength)
+        own = seen.scaled(factors)
+        between = parts(own, own)
+        weights = fit_weights(between, values)
+        if weights.evidence > best[0].evidence:
+            best = (weights, factors.copy())
     return best
+
+
+def _relevances(seen: Features, values: Vector, weights: Weights, between: Sequence[Rows]) -> Vector:
+    """How large the effects of each choice's values are expected to be: one step of the EM algorithm."""
+    factor = _factor(weights, between)
+    variance = weights.parts[PARTS.index("effects")]
+    effects = variance * seen.values.T @ cho_solve((factor, True), values, check_finite=False)
+    known = solve_triangular(factor, seen.values, lower=True, check_finite=False)
+    squares = effects**2 + variance - variance**2 * (known**2).sum(axis=0)
+    sizes = np.empty(len(squares))
+    for columns in seen.choices:
+        sizes[columns] = np.sqrt(max(float(squares[columns].mean()), 0.0))
+    return sizes

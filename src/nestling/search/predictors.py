@@ -46,7 +46,7 @@ class Judgement:
 
 
 def ridge(rows: Rows, values: Vector, seed: int) -> Predict:
-    """Ridge regression on the features, its penalty chosen by leaving out each row; `seed` changes nothing."""
+    """Ridge regression on the features, its penalty chosen by leaving out rows; `seed` changes nothing."""
     del seed
     return _dual(rows, values, lambda left, right: 1.0 + left @ right.T)
 

@@ -1,0 +1,57 @@
+"""Fast stand-ins of slow functions: close, exact where asked before, honest about the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nestling.search.encoding import Encoding
+from nestling.search.learned import learn
+from nestling.space import Arch, Choice, Need, SearchSpace
+
+
+def blocks() -> SearchSpace:
+    choices = [Choice("resolution", (16, 24, 32))]
+    for stage in ("s1", "s2", "s3"):
+        choices += [Choice(f"{stage}.depth", (1, 2)), Choice(f"{stage}.width", (8, 12, 16))]
+        for block in (1, 2):
+            needs = (Need(f"{stage}.depth", 2),) if block == 2 else ()
+            choices.append(Choice(f"{stage}.b{block}.expand", (2, 3, 4), needs))
+    return SearchSpace("toy", tuple(choices))
+
+
+def cost(arch: Arch) -> float:
+    """Multiply-accumulates as a network has them: products of widths, summed over blocks."""
+    total, before = 0.0, 4
+    for stage in ("s1", "s2", "s3"):
+        width = arch.integer(f"{stage}.width")
+        for block in range(1, arch.integer(f"{stage}.depth") + 1):
+            inner = before * arch.integer(f"{stage}.b{block}.expand")
+            total += inner * (before + 9 + width)
+            before = width
+    return total * arch.integer("resolution") ** 2
+
+
+def test_a_cost_of_blocks_is_learned_from_few_archs() -> None:
+    space = blocks()
+    learned = learn(space, cost, samples=120)
+    assert learned.typical < 0.05
+    codes = Encoding(space).sample(100, np.random.default_rng(9))
+    truth = np.array([cost(arch) for arch in Encoding(space).archs(codes)])
+    parts = np.abs(learned(codes) - truth) / truth
+    assert np.median(parts) < 0.05
+    assert parts.max() < 3 * learned.worst
+
+
+def test_what_was_asked_for_is_told_exactly() -> None:
+    space = blocks()
+    learned = learn(space, cost, samples=20)
+    codes = Encoding(space).codes([space.smallest, space.largest])
+    assert learned(codes).tolist() == [cost(space.smallest), cost(space.largest)]
+
+
+def test_too_few_samples_and_values_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 samples; give at least 10"):
+        learn(blocks(), cost, samples=3)
+    with pytest.raises(ValueError, match="has the value inf; it must be finite"):
+        learn(blocks(), lambda arch: cost(arch) * float("inf"), samples=10)
