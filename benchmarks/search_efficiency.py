@@ -188,9 +188,8 @@ def misses(figures: Figures) -> list[str]:
             for mark in sorted(ours.keys() & theirs.keys(), key=int):
                 mean, low, high = difference(ours[mark], theirs[mark])
                 if high < 0:
-                    found.append(
-                        f"{name} at {mark}: ours is {-mean:.1f} points below {rival} ({-high:.1f} to {-low:.1f})"
-                    )
+                    told = f"{-mean:.1f} points below {rival} ({-high:.1f} to {-low:.1f})"
+                    found.append(f"{name} at {mark}: ours is {told}")
             if name == "ofa" and "100" in ours and "250" in theirs:
                 reached, wanted = float(np.mean(ours["100"])), float(np.mean(theirs["250"]))
                 if reached < wanted:
@@ -211,7 +210,8 @@ def sentence(figures: Figures) -> str:
 
         told.append(
             f"{name}: ours {at(OURS, '100'):.1f} % at 100 and {at(OURS, '250'):.1f} % at 250, "
-            f"LINAS {at('LINAS', '250'):.1f} % ({at('LINAS, costs computed', '250'):.1f} % with costs computed) at 250"
+            f"LINAS {at('LINAS', '250'):.1f} % at 250 ({at('LINAS, costs computed', '250'):.1f} % with costs "
+            "computed)"
         )
     return "hypervolume of the best known front; " + "; ".join(told)
 

@@ -33,8 +33,8 @@ JUDGED_ROWS = 256
 """Trials that they are judged on at most."""
 GOOD = 0.1
 """Held-out error, as a part of the standard deviation, below which no other family is asked."""
-HELPS = 0.98
-"""Part of the held-out error without a prior below which that with it must be, or it is left out."""
+HELPS, HELPS_AT_ALL = 0.02, 0.01
+"""Parts of the held-out error, and of the standard deviation, that a prior must save, or it is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,27 @@ class Model:
         trends: the columns of the features' trends that it uses.
         base: predicts the metric; None where the Gaussian process does.
         judgement: how families did on held-out trials; None where they were not asked.
-        error: the root mean squared error on held-out trials, in the metric's unit.
-        order: Spearman's rank correlation on held-out trials.
+        values: the metric of the trials.
+        based: what the base predictor says of them, held out; 0 without one.
     """
 
     posterior: Posterior
     trends: tuple[int, ...]
     base: Predict | None
     judgement: Judgement | None
-    error: float
-    order: float
+    values: Vector
+    based: Vector
 
     def mean(self, seen: Features) -> Vector:
         """The metric expected of each row (N,)."""
         own = seen.with_trends(self.trends)
         expected = self.posterior.mean(own)
         return expected if self.base is None else expected + self.base(own.rows)
+
+    def held_out(self) -> tuple[float, float]:
+        """Root mean squared error, in the metric's unit, and rank correlation on held-out trials."""
+        told = self.posterior.told(self.posterior.held_out(FOLDS)) + self.based
+        return float(np.sqrt(np.mean((told - self.values) ** 2))), agreement(told, self.values)
 
     def draw(self, seen: Features, count: int, rng: np.random.Generator) -> Rows:
         """`count` draws of the metric of all rows together, without its noise (count, N)."""
@@ -81,30 +86,27 @@ def fit_model(features: FeatureMap, seen: Features, values: Vector) -> Model:
     judged = JUDGED
     while 2 * judged <= len(values):
         judged *= 2
-    judgement, base, left = None, None, values
+    judgement, base, based = None, None, np.zeros(len(values))
     if len(values) >= judged:
         judgement, base, held_out = _judged(Frozen(own.take(slice(judged))), values[:judged].tobytes())
         if base is not None:
             # the base has not seen later trials: what it says of them is as honest
-            told = np.concatenate([held_out, base(own.take(slice(judged, None)).rows)])
-            left = values - told
-    posterior = fit(own, left, weighed=weighed)
-    told = posterior.told(posterior.held_out(FOLDS)) + (values - left)
-    error = float(np.sqrt(np.mean((told - values) ** 2)))
-    return Model(posterior, trends, base, judgement, error, agreement(told, values))
+            based = np.concatenate([held_out, base(own.take(slice(judged, None)).rows)])
+    posterior = fit(own, values - based, weighed=weighed)
+    return Model(posterior, trends, base, judgement, values, based)
 
 
 def settled(count: int) -> int:
-    """`count`, rounded down to numbers that grow by about a seventh."""
+    """`count`, rounded down to numbers that grow by about a fifth."""
     rounded = min(FEWEST, count)
-    while (larger := max(rounded + 1, int(rounded * 1.15))) <= count:
+    while (larger := max(rounded + 1, int(rounded * 1.2))) <= count:
         rounded = larger
     return rounded
 
 
 @lru_cache(maxsize=32)
 def _helpful(seen: Frozen, content: bytes, certain: int) -> tuple[int, ...]:
-    """The trends to use: those that are no priors, and priors, as long as one more lowers the held-out error."""
+    """The trends to use: those that are no priors, then priors as long as one more saves held-out error."""
     values = np.frombuffer(content)
     kept = tuple(range(certain))
     if seen.features.trend.shape[1] == certain or len(values) < 2 * FOLDS:
@@ -119,7 +121,7 @@ def _helpful(seen: Frozen, content: bytes, certain: int) -> tuple[int, ...]:
     while left:
         errors = {prior: error((*kept, prior)) for prior in sorted(left)}
         best = min(errors, key=lambda prior: errors[prior])
-        if errors[best] >= HELPS * least:
+        if least - errors[best] <= max(HELPS * least, HELPS_AT_ALL * float(values.std())):
             break
         kept, least = (*kept, best), errors[best]
         left.remove(best)

@@ -32,9 +32,9 @@ TYPICAL_NOISE = 1e-3
 SPREAD, NOISE_SPREAD = 1.5, 2.5
 """Standard deviations of the logarithms of what is expected."""
 LEAST_NOISE = 1e-6
-WEIGHED = 256
+WEIGHED = 200
 """Trials that weights are fitted on at most: the fit takes their number cubed."""
-STEPS = 40
+STEPS = 30
 ROUNDS = 2
 """Times that relevances are found anew from the effects."""
 LEAST_RELEVANCE = 0.1
@@ -43,25 +43,40 @@ SMOOTHNESS = 1.0
 
 def parts(left: Features, right: Features) -> list[Rows]:
     """The kernel's parts between rows of `left` (N) and `right` (M), (N, M) each, in the order of `PARTS`."""
-    across = left.trend.shape[1]
-    straight = left.trend @ right.trend.T / across
-    by_stage = [left.values[:, s] @ right.values[:, s].T for s in left.stages]
-    effects = np.sum(by_stage, axis=0)
-    stage_pairs = np.sum([stage * stage for stage in by_stage], axis=0) * len(by_stage)
+    straight = left.trend @ right.trend.T
+    effects = left.values @ right.values.T
+    stage_pairs = np.zeros_like(effects)
+    for columns in left.stages:
+        of_stage = left.values[:, columns] @ right.values[:, columns].T
+        of_stage *= of_stage
+        stage_pairs += of_stage
+    stage_pairs *= len(left.stages)
     return [
-        1.0 + straight,
-        np.exp(-_distances(left.trend, right.trend, straight * across) / (2 * across)),
+        1.0 + straight / left.trend.shape[1],
+        _bend(left, right, straight),
         effects,
         stage_pairs,
         effects * effects,
-        np.exp(-_distances(left.values, right.values, effects) / (2 * SMOOTHNESS**2)),
+        _smooth(left, right, effects),
     ]
 
 
-def _distances(left: Rows, right: Rows, products: Rows) -> Rows:
-    lengths = (left * left).sum(axis=1)[:, None] + (right * right).sum(axis=1)[None, :]
-    distances: Rows = np.maximum(lengths - 2 * products, 0.0)
-    return distances
+def _bend(left: Features, right: Features, straight: Rows) -> Rows:
+    return _radial(left.trend, right.trend, straight, scale=float(left.trend.shape[1]))
+
+
+def _smooth(left: Features, right: Features, effects: Rows) -> Rows:
+    return _radial(left.values, right.values, effects, scale=SMOOTHNESS**2)
+
+
+def _radial(left: Rows, right: Rows, products: Rows, *, scale: float) -> Rows:
+    """exp(-squared distance / 2 scale), from the `products` of all rows."""
+    kernel = products - 0.5 * np.einsum("ij,ij->i", left, left)[:, None]
+    kernel -= 0.5 * np.einsum("ij,ij->i", right, right)[None, :]
+    kernel /= scale
+    np.minimum(kernel, 0.0, out=kernel)
+    radial: Rows = np.exp(kernel, out=kernel)
+    return radial
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +95,10 @@ class Weights:
         return total
 
 
-def fit_weights(parts_: Sequence[Rows], values: Vector) -> Weights:
+def fit_weights(parts_: Sequence[Rows], values: Vector, *, start: Weights | None = None) -> Weights:
     """The weights of greatest posterior density for `values` (N,), of about mean 0 and variance 1.
 
-    `parts_` are the kernel's parts between all rows.
+    `parts_` are the kernel's parts between all rows; `start` is where to begin, if not at what is expected.
     """
     stack = np.stack(parts_)
     expected = np.log([*TYPICAL, TYPICAL_NOISE])
@@ -106,7 +121,9 @@ def fit_weights(parts_: Sequence[Rows], values: Vector) -> Weights:
         return float(value), -0.5 * weights * slopes + away / spread
 
     bounds = [(e - 4 * s, e + 4 * s) for e, s in zip(expected, spread, strict=True)]
-    found = minimize(loss, expected, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS})
+    began = expected if start is None else np.log([*start.parts, max(start.noise - LEAST_NOISE, 1e-9)])
+    began = np.clip(began, expected - 4 * spread, expected + 4 * spread)
+    found = minimize(loss, began, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS})
     weights = np.exp(found.x)
     return Weights(tuple(weights[:-1].tolist()), float(weights[-1]) + LEAST_NOISE, -float(found.fun))
 
@@ -124,6 +141,8 @@ class Posterior:
         scale: of the values.
         logarithmic: whether the model is of the metric's logarithm.
         relevances: factors of the features' values; `seen` has them already.
+        slopes: what the trends and the values add to the scaled mean, each for 1 of it.
+        products: what pairs of values add (values, values).
     """
 
     seen: Features
@@ -134,11 +153,20 @@ class Posterior:
     scale: float
     logarithmic: bool
     relevances: Vector
+    slopes: tuple[Vector, Vector]
+    products: Rows
 
     def mean(self, rows: Features) -> Vector:
         """The metric expected of each row (N,)."""
         own = rows.scaled(self.relevances)
-        return self.told(self.weights.sum(parts(own, self.seen)) @ self.solved)
+        trend, bend, *_, smooth = self.weights.parts
+        straight = own.trend @ self.seen.trend.T
+        effects = own.values @ self.seen.values.T
+        mean = trend * self.solved.sum() + own.trend @ self.slopes[0] + own.values @ self.slopes[1]
+        mean += np.einsum("ij,ij->i", own.values @ self.products, own.values)
+        mean += bend * (_bend(own, self.seen, straight) @ self.solved)
+        mean += smooth * (_smooth(own, self.seen, effects) @ self.solved)
+        return self.told(mean)
 
     def joint(self, rows: Features) -> tuple[Vector, Rows]:
         """Mean (N,) and covariance (N, N) of the scaled metric without its noise; `told` turns it back."""
@@ -193,7 +221,13 @@ def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
     own = seen.scaled(relevances)
     factor = _factor(weights, parts(own, own))
     solved = cho_solve((factor, True), (wanted - centre) / scale, check_finite=False)
-    return Posterior(own, weights, factor, solved, centre, scale, logarithmic, relevances)
+    trend, _, effects, stage_pairs, pairs, _ = weights.parts
+    slopes = (trend * own.trend.T @ solved / own.trend.shape[1], effects * own.values.T @ solved)
+    moments = own.values.T @ (solved[:, None] * own.values)
+    products = pairs * moments
+    for columns in own.stages:
+        products[columns, columns] += stage_pairs * len(own.stages) * moments[columns, columns]
+    return Posterior(own, weights, factor, solved, centre, scale, logarithmic, relevances, slopes, products)
 
 
 def _factor(weights: Weights, parts_: Sequence[Rows]) -> Rows:
@@ -238,7 +272,7 @@ def _relevant(seen: Features, values: Vector) -> tuple[Weights, Vector]:
             factors[columns] = np.sqrt(strength)
         own = seen.scaled(factors)
         between = parts(own, own)
-        weights = fit_weights(between, values)
+        weights = fit_weights(between, values, start=weights)
         if weights.evidence > best[0].evidence:
             best = (weights, factors.copy())
     return best

@@ -24,9 +24,11 @@ from nestling.space import Arch
 
 FRONT = 64
 """Trials nearest to the front whose metrics are drawn as well."""
-POOL = 256
+POOL = 192
 """Candidates that are compared."""
 DRAWS, DIRECTIONS = 48, 48
+MOST = 1500
+"""Trials that models are fitted on at most, the best: fitting takes their number cubed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,8 @@ class Guided:
     exact: Mapping[str, Exact] = field(default_factory=dict)
     priors: Mapping[str, Exact] = field(default_factory=dict)
     starts: int = 12
-    population: int = 96
-    generations: int = 40
+    population: int = 80
+    generations: int = 32
 
     def propose(
         self, problem: Problem, trials: Sequence[Trial], *, pending: Sequence[Arch], count: int, seed: int
@@ -109,6 +111,10 @@ class View:
         codes = features.encoding.codes([trial.arch for trial in complete])
         metrics = {m: np.array([trial.metrics[m] for trial in complete]) for m in problem.needed()}
         losses, violations = losses_of(problem, metrics), violations_of(problem, metrics)
+        if len(codes) > MOST:
+            kept = np.sort(best(losses, violations, MOST))
+            codes, losses, violations = codes[kept], losses[kept], violations[kept]
+            metrics = {metric: values[kept] for metric, values in metrics.items()}
         seen = features(codes)
         models = {m: fit_model(features, seen, v) for m, v in metrics.items() if m not in features.exact}
         front = codes[best(losses, violations, FRONT)]

@@ -56,6 +56,15 @@ def test_unknown_archs_are_predicted_within_the_uncertainty(features: FeatureMap
     assert inside.mean() > 0.9
 
 
+def test_the_mean_is_the_kernel_times_what_was_solved(features: FeatureMap) -> None:
+    seen, values = drawn(features, 30, 0)
+    asked, _ = drawn(features, 20, 1)
+    posterior = fit(seen, values, weighed=30)
+    mean, covariance = posterior.joint(asked)
+    assert posterior.mean(asked) == pytest.approx(posterior.told(mean))
+    assert np.linalg.eigvalsh(covariance).min() > -1e-9
+
+
 def test_held_out_predictions_are_those_of_a_model_without_the_fold(features: FeatureMap) -> None:
     seen, values = drawn(features, 30, 0)
     posterior = fit(seen, values, weighed=30)
