@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cost_counter.py
 	$(BIN)/python benchmarks/timm_sweep.py
 	$(BIN)/python benchmarks/convert_sweep.py
+	$(BIN)/python benchmarks/search_efficiency.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

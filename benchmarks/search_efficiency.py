@@ -7,12 +7,13 @@ MobileNetV3 and exact multiply-accumulates; a drawn one with interactions and no
 precision of blocks, with a latency from blocks timed by `search_blocks.py`. Intervals are 95 % bootstrap
 intervals over seeds.
 
-Checked is that ours
+Claims, of ours:
 
-1. reaches with 100 evaluations on `ofa` what LINAS has with 250;
-2. has at least 98 % of the best known front with 250 evaluations on `ofa`;
-3. is at no budget on any oracle worse than LINAS: the interval of the difference of means is not below 0.
-   LINAS is taken in both kinds, with costs predicted (as published) and computed.
+1. It reaches with 100 evaluations on `ofa` what LINAS has with 250.
+2. It has at least 98 % of the best known front with 250 evaluations on `ofa`.
+3. It is at no budget on any oracle worse than LINAS: the interval of the difference of means is not below 0.
+
+LINAS is taken in both kinds, with costs predicted (as published) and computed.
 
 Optuna's GP sampler is given 100 evaluations: it fits anew for each and would take hours for 1,000.
 

@@ -2,6 +2,7 @@
 
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
 from nestling.search.pareto import hypervolume, nondominated
+from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.record import StudyMismatch
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
@@ -14,6 +15,7 @@ __all__ = [
     "Metrics",
     "Objective",
     "Problem",
+    "Proposer",
     "SearchResult",
     "StudyMismatch",
     "Trial",
@@ -21,6 +23,7 @@ __all__ = [
     "check_sampler",
     "hypervolume",
     "load_result",
+    "make_proposer",
     "make_sampler",
     "nondominated",
     "search",

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge
-from sklearn.svm import SVR
 
 from nestling.search.encoding import Codes, Encoding, anything, unlike
 from nestling.search.evolution import best, evolve, mutate
@@ -177,6 +175,10 @@ def stacked(
     rows: NDArray[np.float64], values: NDArray[np.float64]
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """What predicts `values` (N,) from `rows` (N, features): ridge, and an RBF-SVR on what it leaves."""
+    # takes a second to import, which only those who fit it should wait for
+    from sklearn.linear_model import Ridge
+    from sklearn.svm import SVR
+
     centre, scale = float(values.mean()), float(values.std()) or 1.0
     scaled = (values - centre) / scale
     ridge = Ridge(alpha=1.0).fit(rows, scaled)

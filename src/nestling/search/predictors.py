@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import GradientBoostingRegressor
-from sklearn.svm import SVR
 
 from nestling.search.encoding import Rows
 
@@ -74,6 +72,9 @@ def _dual(rows: Rows, values: Vector, kernel: Callable[[Rows, Rows], Rows]) -> P
 
 def machine(rows: Rows, values: Vector, seed: int) -> Predict:
     """A support vector machine with a radial kernel; `seed` changes nothing."""
+    # takes a second to import, which only those who fit it should wait for
+    from sklearn.svm import SVR
+
     del seed
     fitted = SVR(C=10.0, gamma="scale", epsilon=0.02).fit(rows, values)
     return lambda asked: np.asarray(fitted.predict(asked), dtype=np.float64)
@@ -81,6 +82,8 @@ def machine(rows: Rows, values: Vector, seed: int) -> Predict:
 
 def boosting(rows: Rows, values: Vector, seed: int) -> Predict:
     """Gradient boosted trees, which see steps and conditions."""
+    from sklearn.ensemble import GradientBoostingRegressor
+
     fitted = GradientBoostingRegressor(
         n_estimators=120, max_depth=3, learning_rate=0.1, subsample=0.8, max_features=0.3, random_state=seed
     ).fit(rows, values)
