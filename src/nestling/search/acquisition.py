@@ -81,8 +81,14 @@ def choose(
     return chosen
 
 
-def scaling(losses: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Least and width of the losses (N, objectives) of a front, and the reference in their scale."""
-    least = losses.min(axis=0)
-    width = np.ptp(losses, axis=0)
-    return least, np.where(width > 0, width, 1.0), np.full(losses.shape[1], 1.1)
+def scaling(
+    front: Rows, everything: Rows
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Least and width of the losses of a front (N, objectives), and the reference in their scale.
+
+    An objective that does not change along the front is scaled by its range over `everything`.
+    """
+    least = front.min(axis=0)
+    width = np.ptp(front, axis=0)
+    width = np.where(width > 0, width, np.ptp(everything, axis=0))
+    return least, np.where(width > 0, width, 1.0), np.full(front.shape[1], 1.1)

@@ -138,8 +138,12 @@ class View:
         there = len(self.front) + len(waiting)
         if not (self.violations <= 0).any() and not (violations <= 0).any():
             # nothing is likely to keep the limits: come nearer to them
-            return pool[violations[:, there:].mean(axis=0).argsort(kind="stable")[:count]]
-        least, width, reference = scaling(self.losses[ranks(self.losses, self.violations) == 0])
+            nearest: Codes = pool[violations[:, there:].mean(axis=0).argsort(kind="stable")[:count]]
+            return nearest
+        first = ranks(self.losses, self.violations) == 0
+        if not (self.violations <= 0).any():
+            first[:] = True  # there is no front yet: anything that keeps the limits is one
+        least, width, reference = scaling(self.losses[first], self.losses)
         losses = (losses - least) / width
         directions = draw_directions(DRAWS, DIRECTIONS, losses.shape[2], rng)
         kept = violations <= 0

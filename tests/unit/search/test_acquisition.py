@@ -80,7 +80,9 @@ def test_an_uncertain_candidate_beats_a_certain_one_of_the_same_mean() -> None:
     assert places == [1]
 
 
-def test_an_objective_that_never_changes_has_a_scale() -> None:
-    least, width, reference = scaling(np.array([[1.0, 3.0], [2.0, 3.0]]))
-    assert (width > 0).all()
-    assert (((np.array([1.5, 3.0]) - least) / width) < reference).all()
+def test_an_objective_that_does_not_change_along_the_front_has_a_scale() -> None:
+    front = np.array([[1.0, 3.0, 5.0], [2.0, 3.0, 5.0]])
+    least, width, reference = scaling(front, np.array([[1.0, 3.0, 5.0], [9.0, 7.0, 5.0]]))
+    assert least.tolist() == [1.0, 3.0, 5.0]
+    assert width.tolist() == [1.0, 4.0, 1.0]
+    assert (reference > (np.array([2.0, 3.0, 5.0]) - least) / width).all()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from nestling.search import Metrics, Problem
+from nestling.search import Metrics, Problem, nondominated
 from nestling.search.baselines import Linas
 from nestling.search.guided import Guided
 from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial
-from nestling.space import Arch, Choice, SearchSpace
+from nestling.space import Arch, Choice, SearchSpace, Value
 
 OWN = ("predictor", "random", "evolution", "ofa_evolution", "linas")
 ALL = (*OWN, "NSGAIISampler", "NSGAIIISampler", "TPESampler", "RandomSampler")
@@ -82,7 +83,7 @@ def test_a_small_space_is_searched_to_its_end(name: str, problem: Problem, toy: 
 
 @pytest.mark.parametrize("name", OWN)
 def test_one_open_choice_is_enough(name: str, toy: Evaluate) -> None:
-    fixed = {"width": 2, "b2.kernel": 3, "precision": "fp32", "resolution": 16}
+    fixed: dict[str, Value] = {"width": 2, "b2.kernel": 3, "precision": "fp32", "resolution": 16}
     space = SearchSpace("toy", (Choice("depth", tuple(range(1, 10))),)).with_constants(fixed)
     problem = Problem.parse(space, objectives=["top1"], limits={})
     assert len(searched(small(name, problem), problem, toy, budget=20, batch=2)) == 9
@@ -135,6 +136,19 @@ def test_an_evolution_under_a_limit_finds_what_is_best_within_it(problem: Proble
     for name, tolerance in (("predictor", 0.001), ("ofa_evolution", 0.03)):
         trials = searched(small(name, asked), asked, toy, budget=50)
         assert SearchResult(asked, trials).front[0].metrics["top1"] >= truth["top1"] - tolerance, name
+
+
+def test_models_find_the_few_networks_that_keep_narrow_limits(problem: Problem, toy: Evaluate) -> None:
+    archs = sorted(problem.space.walk(), key=lambda arch: toy(arch)["latency_ms"])
+    wanted = toy(archs[70])
+    limits = {"latency_ms": wanted["latency_ms"] * 1.02, "top1": wanted["top1"] - 0.002}
+    asked = Problem.parse(problem.space, objectives=["top1", "latency_ms"], limits=limits)
+    kept = [arch for arch in archs if asked.feasible(toy(arch))]
+    assert len(kept) < 0.2 * len(archs)
+    points = np.array([asked.losses(toy(arch)) for arch in kept])
+    front = {arch for arch, best in zip(kept, nondominated(points), strict=True) if best}
+    trials = searched(small("predictor", asked), asked, toy, budget=40)
+    assert front <= {trial.arch for trial in trials}
 
 
 def test_an_unknown_strategy_gets_the_nearest_name(problem: Problem) -> None:
