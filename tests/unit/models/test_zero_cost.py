@@ -29,11 +29,13 @@ def small() -> nn.Sequential:
 
 def test_the_shape_is_that_of_the_convolutions_in_order() -> None:
     network = small().train()
-    before = network[0].weight.detach().clone()
+    first = network[0]
+    assert isinstance(first, nn.Conv2d)
+    before = first.weight.detach().clone()
     assert shape(network, 8) == Shape(fan_in=(27, 18, 8), channels=(8, 8, 16), side=(8, 4, 4))
     assert network.training
-    assert torch.equal(network[0].weight, before)
-    assert not network[0]._forward_hooks
+    assert torch.equal(first.weight, before)
+    assert not first._forward_hooks
 
 
 def test_entropy_and_effectiveness_are_deepmads_formulas() -> None:
