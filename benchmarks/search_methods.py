@@ -13,7 +13,7 @@ import optuna
 from numpy.typing import NDArray
 from search_oracles import Oracle
 
-from nestling.search import Trial, hypervolume, nondominated
+from nestling.search import Trial, batch_size, hypervolume, nondominated
 from nestling.search.encoding import Encoding
 from nestling.search.evolution import evolve
 from nestling.search.proposing import make_proposer
@@ -28,14 +28,14 @@ class Method:
 
     Attributes:
         strategy: its name, or that of a sampler of Optuna.
-        batch: how many are proposed at once.
+        batch: how many are proposed at once; None for as many as suit the number of trials.
         computes: whether metrics that can be computed are.
         most: the largest number of evaluations that it is given.
         asked: whether Optuna's own study asks, trial by trial.
     """
 
     strategy: str
-    batch: int = 50
+    batch: int | None = 50
     computes: bool = True
     most: float = math.inf
     asked: bool = False
@@ -49,8 +49,8 @@ METHODS = {
     "Optuna GP": Method("GPSampler", asked=True, most=100),
     "LINAS": Method("linas", computes=False),
     "LINAS, costs computed": Method("linas"),
-    "ours, costs predicted": Method("predictor", batch=10, computes=False),
-    "ours": Method("predictor", batch=10),
+    "ours, costs predicted": Method("predictor", batch=None, computes=False),
+    "ours": Method("predictor", batch=None),
 }
 
 
@@ -82,7 +82,7 @@ def run(method: Method, oracle: Oracle, *, seed: int, budget: int) -> dict[str, 
             assert asking is not None
             archs = [asking.ask()]
         else:
-            count = min(method.batch, until - len(trials))
+            count = min(method.batch or batch_size(len(trials)), until - len(trials))
             archs = proposer.propose(oracle.problem, trials, pending=[], count=count, seed=seed)
         seconds += time.perf_counter() - began
         for arch, metrics in zip(archs, oracle.measured(encoding.codes(archs), noise), strict=True):

@@ -1,5 +1,6 @@
 """Searching a space: objectives and limits, dominance, and the study that asks, evaluates and remembers."""
 
+from nestling.search.guided import batch_size
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
 from nestling.search.pareto import hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
@@ -19,6 +20,7 @@ __all__ = [
     "SearchResult",
     "StudyMismatch",
     "Trial",
+    "batch_size",
     "check_limits",
     "check_sampler",
     "hypervolume",

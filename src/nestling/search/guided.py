@@ -27,6 +27,7 @@ FRONT = 64
 POOL = 192
 """Candidates that are compared."""
 DRAWS, DIRECTIONS = 48, 48
+SMALLEST_BATCH, LARGEST_BATCH = 5, 20
 MOST = 1500
 """Trials that models are fitted on at most, the best: fitting takes their number cubed."""
 
@@ -167,6 +168,15 @@ class View:
             else np.broadcast_to(self.features.exact[metric](codes), (DRAWS, len(codes)))
             for metric in self.problem.needed()
         }
+
+
+def batch_size(tried: int) -> int:
+    """How many candidates to propose at once after `tried` trials, by one worker.
+
+    Few at first, when each teaches much and models are fitted fast; more later. A search begun anew from the
+    same trials comes to the same batches.
+    """
+    return min(LARGEST_BATCH, max(SMALLEST_BATCH, tried // LARGEST_BATCH))
 
 
 def _starts(encoding: Encoding, tried: Codes, count: int) -> Codes:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nestling.search import Metrics, Problem, nondominated
+from nestling.search import Metrics, Problem, batch_size, nondominated
 from nestling.search.baselines import Linas
 from nestling.search.guided import Guided
 from nestling.search.proposing import Proposer, make_proposer
@@ -149,6 +149,12 @@ def test_models_find_the_few_networks_that_keep_narrow_limits(problem: Problem, 
     front = {arch for arch, best in zip(kept, nondominated(points), strict=True) if best}
     trials = searched(small("predictor", asked), asked, toy, budget=40)
     assert front <= {trial.arch for trial in trials}
+
+
+def test_batches_grow_with_the_trials() -> None:
+    sizes = [batch_size(tried) for tried in range(0, 1001, 10)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (5, 20)
 
 
 def test_an_unknown_strategy_gets_the_nearest_name(problem: Problem) -> None:
