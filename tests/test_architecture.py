@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ONLY_IN: dict[str, set[str]] = {
     "optuna": {"search"},
+    "sqlalchemy": {"search"},
     "onnxruntime": {"profile"},
     "onnx": {"export", "quant.qdq", "quant.blocks", "quant.gates", "quant.protos"},
     "timm": {"models"},

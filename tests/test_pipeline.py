@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from nestling import pipeline
 from nestling.config import ConfigError, RunConfig, load_config
 from nestling.models.families import family as family_of
-from nestling.pipeline.stages import problem
+from nestling.pipeline.studies import problem
 from nestling.run import RunError
 from nestling.search import load_result
 from nestling.space import SpaceError, load_space
@@ -230,7 +230,7 @@ def test_one_objective_without_latency_a_space_without_precision_or_resolution_a
     [
         ("search", {"objectives": ("top1", "speed")}, "speed"),
         ("search", {"limits": {"mmacs": 1e-6}}, "no network can keep mmacs"),
-        ("search", {"sampler": "NSGASampler"}, "NSGAIISampler"),
+        ("search", {"strategy": "NSGASampler"}, "NSGAIISampler"),
         ("train", {"dropout": 0.5, "drop_path": 0.0, "strategy": "sandwich"}, None),
     ],
 )

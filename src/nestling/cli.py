@@ -24,6 +24,8 @@ EXIT_CODES = {
     "RunError": BAD_INPUT,
     "InfeasibleLimit": BAD_INPUT,
     "StudyMismatch": BAD_INPUT,
+    "StudyUnavailable": STOPPED,
+    "WorkersLost": STOPPED,
     "ClickException": BAD_INPUT,
     "DeviceError": NO_DEVICE,
     "TrainingStopped": STOPPED,
@@ -56,6 +58,13 @@ Output = Annotated[
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue a run that is there; an error if there is none.")
+]
+Study = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The study's database: postgresql://user@host/database. [default: the run's own, in SQLite]",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -129,23 +138,57 @@ def evaluate(
 
 
 @app.command()
-def search(folder: RunFolder, set_: Overrides = None, resume: Resume = False) -> None:
+def search(
+    folder: RunFolder,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of this machine that evaluate candidates. [default: 1]"),
+    ] = None,
+    study: Study = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+) -> None:
     """Search the trained supernet; continues where it was stopped. `--set search.trials=200` extends it."""
     _check_run(folder)
-    if resume and not (folder / "study.db").exists():
-        from nestling.run import RunError
-
-        raise RunError(f"{folder} was not searched yet; leave --resume out")
     from nestling import console, pipeline
 
-    bench = pipeline.open_run(folder, overrides=set_ or ())
+    asked = {"search.workers": workers, "search.study": study}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
+    bench = pipeline.open_run(folder, overrides=[*overrides, *(set_ or ())])
     try:
+        if resume and not pipeline.searched(bench).trials:
+            from nestling.run import RunError
+
+            raise RunError(f"{folder} was not searched yet; leave --resume out")
         with console.display() as listener:
             result = pipeline.search_supernet(bench, listener=listener)
     finally:
         bench.close()
     console.print_trials(result)
     console.print_next(f"nestling export {folder}")
+
+
+@app.command()
+def worker(
+    folder: RunFolder,
+    study: Study = None,
+    tied: Annotated[bool, typer.Option("--tied", hidden=True, help="End with standard input.")] = False,
+) -> None:
+    """Evaluate candidates of a search beside other processes, until it is done.
+
+    On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database.
+    """
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    if tied:
+        pipeline.end_with_input()
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            pipeline.join_search(bench, study=study, listener=listener)
+    finally:
+        bench.close()
 
 
 @app.command()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -216,9 +225,16 @@ class SearchConfig(Part):
     """Of `top1`, `latency_ms`, `size_mb`, `mmacs`, `peak_mb`: the first is maximised, others minimised."""
     limits: Mapping[str, float] = Field(default_factory=dict)
     """Metric -> bound: at most, for costs; at least, for `top1`."""
-    sampler: str = "NSGAIISampler"
-    """Any Optuna sampler by its class name."""
+    strategy: str = Field(default="NSGAIISampler", validation_alias=AliasChoices("strategy", "sampler"))
+    """Who proposes candidates: `random`, or any Optuna sampler by its class name."""
     population: Annotated[int, Field(ge=2)] = 20
+    batch: Count = 1
+    """Candidates that are proposed at a time."""
+    workers: Count = 1
+    """Processes of this machine that evaluate candidates together; others may join them."""
+    study: str | None = None
+    """`postgresql://user@host/database`, where workers on other machines share the study; the run's own
+    SQLite file where it is not given. PostgreSQL reads passwords from `~/.pgpass` or `PGPASSWORD`."""
     warm_start: Annotated[int, Field(ge=0)] = 6
     """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
     sensitivity: bool = False
@@ -226,6 +242,16 @@ class SearchConfig(Part):
     `nestling.quant.sensitivity`."""
     recalibration_images: Count = 1024
     calibration_images: Count = 128
+
+    @field_validator("study")
+    @classmethod
+    def _without_password(cls, given: str | None) -> str | None:
+        if given is not None and re.match(r"[^/@]*://[^/@]*:[^/@]*@", given):
+            raise ValueError(
+                "a password would be written to the run's folder; leave it out, and put it into ~/.pgpass or "
+                "PGPASSWORD"
+            )
+        return given
 
 
 class QuantConfig(Part):

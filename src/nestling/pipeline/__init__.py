@@ -7,6 +7,7 @@ from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
 from nestling.pipeline.precisions import probe as probe_precisions
 from nestling.pipeline.precisions import table_facts
+from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.stages import (
     export_arch,
     export_front,
@@ -14,9 +15,10 @@ from nestling.pipeline.stages import (
     open_run,
     prepare,
     run_all,
-    search_supernet,
 )
+from nestling.pipeline.studies import searched
 from nestling.pipeline.training import join_ranks, train_supernet
+from nestling.pipeline.workers import end_with_input
 from nestling.profile import Measurement
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial
@@ -36,12 +38,14 @@ __all__ = [
     "TrainingRecord",
     "Trial",
     "convert_space",
+    "end_with_input",
     "evaluate_supernet",
     "export_arch",
     "export_front",
     "find_arch",
     "finetune",
     "join_ranks",
+    "join_search",
     "make_report",
     "open_run",
     "prepare",
@@ -49,6 +53,7 @@ __all__ = [
     "propose_space",
     "run_all",
     "search_supernet",
+    "searched",
     "space_axes",
     "space_summary",
     "table_facts",

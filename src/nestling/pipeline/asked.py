@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestling.config import ConfigError
-from nestling.pipeline.stages import STUDY, problem
+from nestling.pipeline.studies import searched
 from nestling.pipeline.workbench import Workbench
-from nestling.search import load_result, spread_along_front
+from nestling.search import spread_along_front
 from nestling.space import Arch, SearchSpace
 from nestling.space.sampling import stratified
 
@@ -97,9 +97,7 @@ def paired_indices(count: int, wanted: int) -> list[int]:
 
 def _front(bench: Workbench, space: SearchSpace) -> list[Arch]:
     """The members of the searched front that an export hands over, as archs of the float `space`."""
-    if not bench.run.study_file.exists():
-        return []
-    result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
+    result = searched(bench)
     finest = {c.name: c.values[-1] for c in space.choices if c.name.endswith(".precision")}
     members = spread_along_front(result, bench.config.export.members)
     return list(dict.fromkeys(space.canonical({**trial.arch, **finest}) for trial in members))

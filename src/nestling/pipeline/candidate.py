@@ -21,6 +21,7 @@ from nestling.models.cost import Cost
 from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.policies import is_precision, quant_policy
+from nestling.pipeline.turns import turn
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import simulated_logits, write_file, write_officially
 from nestling.profile import Device, DeviceError, Measurement
@@ -347,12 +348,15 @@ def score(device: Device, path: Path, images: EvalImages, *, resolution: int) ->
 def measure(device: Device, path: Path) -> Measurement:
     """The latency of the file at `path`; an unstable measurement is taken once more.
 
+    Of the processes of this machine one at a time measures on a device.
+
     Raises:
         EvaluationFailed: the runtime crashed, hung or refused the file.
     """
     try:
-        measurement = device.measure(path)
-        return device.measure(path) if measurement.unstable else measurement
+        with turn(device.name):
+            measurement = device.measure(path)
+            return device.measure(path) if measurement.unstable else measurement
     except DeviceError as error:
         raise EvaluationFailed(str(error)) from error
 

@@ -15,9 +15,8 @@ from nestling.models.families import Family, family
 from nestling.models.probing import RESOLUTION, Axes, probe
 from nestling.models.proposals import native_resolution, propose
 from nestling.pipeline.checking import check_space
-from nestling.pipeline.stages import STUDY, problem
+from nestling.pipeline.studies import searched
 from nestling.pipeline.workbench import Workbench
-from nestling.search import load_result
 from nestling.space import Arch, SearchSpace, SpaceError, Value, load_space, space_toml
 
 
@@ -110,11 +109,9 @@ def find_arch(bench: Workbench, name: str) -> Arch:
         return _decided(bench, name, told="the JSON that was given")
     if Path(name).is_file():
         return _decided(bench, Path(name).read_text(), told=name)
-    if bench.run.study_file.exists():
-        found = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
-        for trial in found.trials:
-            if trial.arch.key == name:
-                return trial.arch
+    for trial in searched(bench).trials:
+        if trial.arch.key == name:
+            return trial.arch
     if Path(name).name == name:  # no way out of the run's folder
         for file in (f"exports/{name}/card.json", f"evaluation/{name}.json"):
             known = bench.run.read_json(file)

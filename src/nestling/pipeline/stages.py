@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nestling.config import ConfigError, RunConfig, TrainConfig, override_config
 from nestling.data.curriculum import CURRICULA
@@ -16,38 +14,20 @@ from nestling.models.channels import Unsortable, channel_groups
 from nestling.models.cost import cost
 from nestling.models.initialization import zero_last_norms
 from nestling.models.supernet import Supernet, capped
-from nestling.pipeline.candidate import (
-    candidate_metrics,
-    latency_metrics,
-    measure,
-    score,
-    write_candidate,
-)
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.policies import chosen_policy
-from nestling.pipeline.sensitivity import seeds
+from nestling.pipeline.searching import search_supernet
+from nestling.pipeline.studies import problem, searched
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import Measurement
 from nestling.report import ReportFiles, write_report
 from nestling.run import Run, RunError
-from nestling.search import (
-    Problem,
-    SearchResult,
-    Trial,
-    check_limits,
-    check_sampler,
-    load_result,
-    search,
-    spread_along_front,
-)
+from nestling.search import check_limits, make_proposer, spread_along_front
 from nestling.space import Arch, load_space
 from nestling.train.distributed import ALONE, Ranks
-
-STUDY = "nestling"
 
 
 def prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks = ALONE) -> Workbench:
@@ -101,7 +81,7 @@ def _refuse_early(bench: Workbench) -> None:
     if bench.fitted(given) != space:
         raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
     found = problem(bench)
-    check_sampler(config.search.sampler, found, population=config.search.population)
+    make_proposer(config.search.strategy, found, population=config.search.population)
     supernet = bench.new_supernet()
     _refuse_unsortable(supernet, config.train)
     if config.train.zero_last_norms and space.largest.get("pretrained", False):
@@ -172,74 +152,6 @@ def open_run(folder: Path, *, overrides: Sequence[str] = (), ranks: Ranks = ALON
     return Workbench(Run.create(folder, override_config(run.config(), overrides)))
 
 
-def problem(bench: Workbench) -> Problem:
-    """What the run's search is after.
-
-    Raises:
-        ValueError: an unknown objective or limit.
-    """
-    config = bench.config.search
-    return Problem.parse(bench.space, objectives=config.objectives, limits=config.limits)
-
-
-def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
-    """The result of the run's search, continued where it was stopped.
-
-    Each candidate is written to a file; accuracy (on the search split) and latency are those of the file.
-
-    Raises:
-        RunError: training is not finished.
-        InfeasibleLimit: no network of the space can keep a limit.
-    """
-    listener.stage("search")
-    config = bench.config.search
-    wanted = problem(bench).needed()
-
-    def evaluate(arch: Arch) -> Mapping[str, float]:
-        path = bench.candidate_path(arch)
-        candidate = write_candidate(bench, arch, path)
-        accuracy = score(bench.device, path, bench.data.search, resolution=candidate.resolution)
-        metrics = candidate_metrics(candidate, accuracy)
-        if "latency_ms" in wanted:
-            measurement = measure(bench.device, path)
-            metrics |= latency_metrics(measurement, reference_ms=_reference_ms(bench, measurement))
-        return metrics
-
-    def on_trial(trial: Trial, result: SearchResult) -> None:
-        listener.trial(trial, result, config.trials)
-
-    with bench.timed("search"):
-        result = search(
-            problem(bench),
-            evaluate,
-            storage=bench.run.study_file,
-            name=STUDY,
-            trials=config.trials,
-            sampler=config.sampler,
-            population=config.population,
-            seed=bench.config.seed,
-            warm_start=config.warm_start,
-            seeds=_seeds(bench, listener),
-            on_trial=on_trial,
-        )
-    for told in result.unmet:
-        listener.note(told)
-    front = {trial.arch.key for trial in result.front}
-    for file in list((bench.run.folder / "candidates").glob("*.onnx")):
-        if file.stem not in front:
-            file.unlink()
-    return result
-
-
-def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:
-    """What `seeds` gives; nothing, and a note, where the largest network is one that cannot be quantized."""
-    try:
-        return seeds(bench, problem(bench))
-    except ValueError as error:
-        listener.note(f"no archs by sensitivity: {error}")
-        return []
-
-
 def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]]:
     """The members of the front, handed over in the run's `exports` folder; their figures, read off the files.
 
@@ -249,7 +161,7 @@ def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]
         RunError: nothing was searched, or no candidate keeps the limits.
     """
     listener.stage("export")
-    result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
+    result = searched(bench)
     if not result.trials:
         raise RunError(f"{bench.run.folder} was not searched yet; `nestling search` does that")
     done = bench.run.read_json("members.json")
@@ -273,20 +185,15 @@ def export_arch(bench: Workbench, arch: Arch, *, listener: Listener) -> dict[str
         EvaluationFailed: its file does not compute what PyTorch computes.
     """
     listener.stage("export")
-    searched: Mapping[str, float] = {}
-    if bench.run.study_file.exists():
-        result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
-        searched = next((trial.metrics for trial in result.complete if trial.arch == arch), {})
-    return write_member(bench, arch, name=arch.key, searched=searched)
+    found = (trial.metrics for trial in searched(bench).complete if trial.arch == arch)
+    return write_member(bench, arch, name=arch.key, searched=next(found, {}))
 
 
 def make_report(bench: Workbench, *, listener: Listener) -> ReportFiles:
     """The run's report, from what the run has so far."""
     listener.stage("report")
-    result: SearchResult | None = None
-    if bench.run.study_file.exists():
-        result = load_result(problem(bench), storage=bench.run.study_file, name=STUDY)
-    return write_report(report_content(bench, result), bench.run.folder)
+    result = searched(bench)
+    return write_report(report_content(bench, result if result.trials else None), bench.run.folder)
 
 
 def run_all(
@@ -305,22 +212,3 @@ def run_all(
         return members, make_report(bench, listener=listener)
     finally:
         bench.close()
-
-
-def _reference_ms(bench: Workbench, measurement: Measurement) -> float:
-    """The reference model's milliseconds on the run's device: those of the run's first measurement."""
-    fingerprint = measurement.fingerprint
-    known = bench.run.read_json("reference.json")
-    if known is not None and known["key"] != fingerprint.key:
-        raise RunError(
-            f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
-            f"this one ({fingerprint}); their latencies do not compare: search in a new run"
-        )
-    if known is None:
-        known = {
-            "key": fingerprint.key,
-            "latency_ms": float(np.median(measurement.reference_seconds)) * 1e3,
-            "fingerprint": asdict(fingerprint),
-        }
-        bench.run.write_json("reference.json", known)
-    return float(known["latency_ms"])

@@ -231,14 +231,22 @@ class Workbench:
         Raises:
             RunError: training is not finished.
         """
-        if self.ranks.from_first(lambda: self.run.read_json("training.json")) is None:
-            raise RunError(f"the training of {self.run.folder} is not finished; `nestling train` finishes it")
+        self.check_trained()
         checkpoint = self.ranks.from_first(lambda: load_checkpoint(self.checkpoints))
         if checkpoint is None:
             raise RunError(f"{self.checkpoints} holds no checkpoint")
         supernet = self.new_supernet(pretrained=False)
         restore(supernet, checkpoint)
         return supernet.eval()
+
+    def check_trained(self) -> None:
+        """Refuses a run whose training is not finished.
+
+        Raises:
+            RunError: it is not.
+        """
+        if self.ranks.from_first(lambda: self.run.read_json("training.json")) is None:
+            raise RunError(f"the training of {self.run.folder} is not finished; `nestling train` finishes it")
 
     @cached_property
     def device(self) -> Device:

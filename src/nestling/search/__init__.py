@@ -1,13 +1,13 @@
 """Searching a space: objectives and limits, dominance, and the study that asks, evaluates and remembers."""
 
+from nestling.search.database import StudyMismatch, StudyUnavailable
 from nestling.search.guided import batch_size
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
 from nestling.search.pareto import hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
-from nestling.search.record import StudyMismatch
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
-from nestling.search.study import EvaluationFailed, load_result, search
+from nestling.search.study import EvaluationFailed, agree, load_result, search, watch
 
 __all__ = [
     "EvaluationFailed",
@@ -19,7 +19,9 @@ __all__ = [
     "Proposer",
     "SearchResult",
     "StudyMismatch",
+    "StudyUnavailable",
     "Trial",
+    "agree",
     "batch_size",
     "check_limits",
     "check_sampler",
@@ -30,4 +32,5 @@ __all__ = [
     "nondominated",
     "search",
     "spread_along_front",
+    "watch",
 ]

@@ -1,233 +1,222 @@
-"""Record: a study's finished trials in an SQLite file, and a copy in memory for samplers to read.
+"""Record: a study's trials in a database, which other Optuna tools can read.
 
-A trial reaches the file when it is finished, in one transaction: one that was under way when the process died
-is not there at all. What a sampler notes about the study while it proposes (NSGA-II: the parents of a
-generation) is stored with the trial that it proposed: a reopened record shows a sampler what it saw before.
+A trial reaches the database when it is finished, in one transaction: one that was under way when its process
+died is not there at all. Trials are numbered in the order in which they were finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
-import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
-from optuna.storages import InMemoryStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+import sqlalchemy as sa
 
+from nestling.search import tables
+from nestling.search.database import Database, StudyMismatch, sqlite_path, study_url
 from nestling.search.objectives import Problem
 from nestling.search.result import SearchResult, Trial
-from nestling.search.samplers import SteadySampler, directions, distributions, quiet
+from nestling.search.samplers import directions
 from nestling.space import Arch
-
-FAILED_VIOLATION = 1.0
-"""The constraint of a trial without metrics: it must never count as feasible."""
-LOCK_SECONDS = 60
-SQLITE_HEADER = b"SQLite format 3\0"
-
-
-class StudyMismatch(ValueError):  # noqa: N818 - it names what is wrong
-    """A file that does not hold a study of this problem; the message says what differs and what would do."""
 
 
 class Record:
-    """The study `name` in the SQLite file `path`, which other Optuna tools can read.
+    """The study `name` in `database`.
 
     Args:
         problem: what the study is of.
-        path: made where it is not there.
-        name: of the study, likewise.
+        database: with Optuna's tables and ours.
+        name: of the study, which is begun where there is none.
+        about: what else must be the same for all who add to the study, such as the supernet's weights.
 
     Raises:
-        StudyMismatch: the file is no Optuna study, or one of another problem, or one that others wrote into.
-        FileNotFoundError: no folder to make the file in.
+        StudyMismatch: the study is of another problem, or others than Nestling wrote into it.
     """
 
-    def __init__(self, problem: Problem, path: Path, name: str) -> None:
-        self.problem = problem
-        self._path = path
-        with quiet():
-            if not path.exists() and path.parent.is_dir():
-                _begin(path, problem, name)
-            self._file = _open(path)
-            stored = optuna.create_study(
-                study_name=name, storage=self._file, directions=directions(problem), load_if_exists=True
-            )
-            self._file_id = self._file.get_study_id_from_name(name)
-            self.trials = _read(stored, problem, path)
-            if "problem" not in stored.user_attrs:
-                stored.set_user_attr("problem", _signature(problem))
-            finished = stored.get_trials(deepcopy=False)
-            self._memory = InMemoryStorage()
-            self._memory_id = self._memory.create_new_study(stored.directions, name)
-            self._study = _AskedStudy(name, self._memory)
-            for trial in finished:
-                self._study.add_trial(trial)
-                for key, value in trial.user_attrs.get("sampler_notes", {}).items():
-                    self._memory.set_study_system_attr(self._memory_id, key, value)
-        self._distributions = distributions(problem)
-        self._inferred: dict[str, BaseDistribution] = {}
-        self._asked: optuna.Trial | None = None
+    def __init__(
+        self, problem: Problem, database: Database, name: str, *, about: Mapping[str, str] | None = None
+    ) -> None:
+        self.problem, self.database, self.name = problem, database, name
+        self.trials: list[Trial] = []
+        with database.reading() as connection:
+            found = _find(connection, name)
+        if found is None:
+            begin_study(database, problem, name)
+            with database.reading() as connection:
+                found = _find(connection, name)
+            assert found is not None
+        self.study = found
+        with database.writing() as connection:
+            _check_problem(connection, self.study, problem, about or {}, where=str(database), name=name)
+        self.sync()
 
     @property
     def result(self) -> SearchResult:
-        """Everything that was tried so far."""
+        """Everything that was tried so far, as far as it was read."""
         return SearchResult(self.problem, tuple(self.trials))
 
-    def ask(self, sampler: BaseSampler, *, forced: Arch | None = None) -> Arch:
-        """The arch that `sampler` proposes next, or `forced`, of which the sampler then is told."""
-        space = self.problem.space
-        before = self._notes()
-        self._study.sampler = SteadySampler(sampler, self._inferred)
-        with quiet():
-            if forced is not None:
-                self._study.enqueue_trial({choice.name: forced[choice.name] for choice in space.open_choices})
-            self._asked = self._study.ask(self._distributions)
-        notes = {key: value for key, value in self._notes().items() if before.get(key) != value}
-        if notes:
-            self._asked.set_user_attr("sampler_notes", notes)
-        if forced is not None:
-            return forced
-        params = self._asked.params
-        return space.canonical({c.name: params.get(c.name, c.values[0]) for c in space.choices})
-
-    def tell(self, trial: Trial, *, original: Trial | None = None) -> None:
-        """Adds `trial`, the outcome of what was asked for last; `original` is what it duplicates.
+    def sync(self) -> list[Trial]:
+        """The trials that were added since this was last asked, by whomever.
 
         Raises:
-            StudyMismatch: another process writes into the study.
+            StudyMismatch: a trial was not written by a search of Nestling.
         """
-        if self._asked is None:
-            raise RuntimeError("nothing was asked for")
-        asked, self._asked = self._asked, None
-        asked.set_user_attr("arch", trial.arch.to_json())
-        asked.set_user_attr("state", trial.state)
-        asked.set_user_attr("seconds", trial.seconds)
-        if trial.metrics:
-            asked.set_user_attr("metrics", dict(trial.metrics))
-        if trial.reason:
-            asked.set_user_attr("reason", trial.reason)
-        if original is not None:
-            asked.set_user_attr("duplicate_of", original.number)
-        with quiet():
-            for limit in self.problem.limits:
-                violation = limit.violation(trial.metrics) if trial.metrics else FAILED_VIOLATION
-                asked.set_constraint(limit.metric, violation)
-            if trial.metrics:
-                self._study.tell(asked, [trial.metrics[o.name] for o in self.problem.objectives])
-            else:
-                self._study.tell(asked, state=TrialState.FAIL)
-            finished = self._study.get_trials(deepcopy=False)[-1]
-            stored = self._file.create_new_trial(self._file_id, template_trial=finished)
-            number = self._file.get_trial_number_from_id(stored)
-        if number != trial.number:
-            raise StudyMismatch(
-                f"trial {trial.number} of {self._path} became trial {number}: another process writes into "
-                "the same study; let one of them end, then start again"
-            )
-        self.trials.append(trial)
+        with self.database.reading() as connection:
+            new = self._new(connection)
+        self.trials += new
+        return new
 
-    def _notes(self) -> dict[str, Any]:
-        return dict(self._memory.get_study_system_attrs(self._memory_id))
+    def add(self, connection: sa.Connection, trial: Trial) -> Trial:
+        """`trial` with the number under which it is now written, as part of a writing transaction."""
+        count = connection.execute(
+            sa.select(sa.func.count()).where(tables.trials.c.study_id == self.study)
+        ).scalar_one()
+        numbered = replace(trial, number=count)
+        tables.insert_trial(connection, self.study, self.problem, numbered)
+        return numbered
+
+    def _new(self, connection: sa.Connection) -> list[Trial]:
+        return read_trials(
+            connection, self.study, first=len(self.trials), where=str(self.database), study_name=self.name
+        )
 
 
-class _AskedStudy(optuna.Study):
-    """A study that is asked, not run."""
-
-    def stop(self) -> None:
-        """Does nothing: a sampler that has proposed everything calls this, and there is no loop to end."""
-
-
-def read_record(problem: Problem, path: Path, name: str) -> SearchResult:
-    """What the study `name` in the SQLite file `path` holds; nothing where there is no such file or study.
+def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
+    """What the study `name` at `where` holds; nothing where there is no such file or study.
 
     Raises:
-        StudyMismatch: the file is no Optuna study, or one of another problem, or one that others wrote into.
+        StudyMismatch: no study that Nestling can read, or one of another problem.
+        StudyUnavailable: the database cannot be reached.
     """
-    if not path.exists():
+    path = sqlite_path(study_url(where))
+    if path is not None and not path.exists():
         return SearchResult(problem, ())
-    with quiet():
-        storage = _open(path)
-        if name not in optuna.get_all_study_names(storage):
-            return SearchResult(problem, ())
-        study = optuna.load_study(study_name=name, storage=storage)
-        return SearchResult(problem, tuple(_read(study, problem, path)))
-
-
-def _begin(path: Path, problem: Problem, name: str) -> None:
-    """Makes the file with its tables and an empty study, all at once.
-
-    Optuna makes them one after the other, and cannot open a file in which a kill has left some of them.
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
+    database = Database(where)
     try:
-        storage = _open(Path(temporary))
-        study = optuna.create_study(study_name=name, storage=storage, directions=directions(problem))
-        study.set_user_attr("problem", _signature(problem))
-        storage.remove_session()
-        storage.engine.dispose()
-        Path(temporary).replace(path)
+        with database.reading() as connection:
+            if not sa.inspect(connection).has_table(tables.studies.name):
+                return SearchResult(problem, ())
+            study = _find(connection, name)
+            if study is None:
+                return SearchResult(problem, ())
+            _check_problem(connection, study, problem, {}, where=str(database), name=name, begins=False)
+            trials = read_trials(connection, study, first=0, where=str(database), study_name=name)
+            return SearchResult(problem, tuple(trials))
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        database.close()
 
 
-def _open(path: Path) -> RDBStorage:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} for the study {path.name}")
-    if path.exists():
-        with path.open("rb") as file:
-            beginning = file.read(len(SQLITE_HEADER))
-        if beginning not in (b"", SQLITE_HEADER):
-            raise StudyMismatch(f"{path} is not an SQLite file; name another one, or move it away")
-    # quoted, or a path with a question mark or braces would name another file
-    url = f"sqlite:///{quote(str(path.resolve()))}"
-    return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
-
-
-def _read(study: optuna.Study, problem: Problem, path: Path) -> list[Trial]:
-    asked = _signature(problem)
-    there = study.user_attrs.get("problem", asked)
-    same = {key: there.get(key) == asked[key] for key in asked}
-    same["objectives"] &= study.directions == directions(problem)
-    differs = ", ".join(key for key, equal in same.items() if not equal)
-    if differs:
-        raise StudyMismatch(
-            f"{path} holds the study {study.study_name!r} of another problem (it differs in {differs}); "
-            "search in a new run folder, or remove that file"
+def begin_study(database: Database, problem: Problem, name: str) -> None:
+    """Makes the empty study `name` where there is none; Optuna's tables are there."""
+    with database.writing() as connection:
+        if _find(connection, name) is not None:
+            return
+        study = connection.execute(
+            sa.insert(tables.studies).values(study_name=name).returning(tables.studies.c.study_id)
+        ).scalar_one()
+        connection.execute(
+            sa.insert(tables.directions),
+            [
+                {"study_id": study, "objective": number, "direction": direction.name}
+                for number, direction in enumerate(directions(problem))
+            ],
         )
-    return [_read_trial(trial, path) for trial in study.get_trials(deepcopy=False)]
 
 
-def _read_trial(trial: FrozenTrial, path: Path) -> Trial:
-    attributes = trial.user_attrs
-    if not {"arch", "state", "seconds"} <= attributes.keys():
-        raise StudyMismatch(
-            f"{path}: trial {trial.number} ({trial.state.name}) was not written by a search of Nestling; "
-            "search in a new run folder, or remove that file"
-        )
-    state: Literal["complete", "failed", "duplicate"] = attributes["state"]
-    return Trial(
-        number=trial.number,
-        arch=Arch.from_json(attributes["arch"]),
-        metrics=attributes.get("metrics", {}),
-        state=state,
-        reason=attributes.get("reason", ""),
-        seconds=attributes["seconds"],
+def read_trials(
+    connection: sa.Connection, study: int, *, first: int, where: str, study_name: str
+) -> list[Trial]:
+    """The trials of a study from number `first` on, in order.
+
+    Raises:
+        StudyMismatch: a trial was not written by a search of Nestling.
+    """
+    trials, attributes = tables.trials, tables.attributes
+    rows = connection.execute(
+        sa.select(trials.c.number, trials.c.state, attributes.c.key, attributes.c.value_json)
+        .select_from(trials.outerjoin(attributes, trials.c.trial_id == attributes.c.trial_id))
+        .where(trials.c.study_id == study, trials.c.number >= first)
+        .order_by(trials.c.number)
     )
+    found: dict[int, dict[str, Any]] = {}
+    states: dict[int, str] = {}
+    for number, state, key, value in rows:
+        content = found.setdefault(number, {})
+        states[number] = state
+        if key is not None:
+            content[key] = json.loads(value)
+    for expected, (number, content) in enumerate(found.items(), first):
+        if number != expected or not {"arch", "state", "seconds"} <= content.keys():
+            raise StudyMismatch(
+                f"{where}: trial {number} ({states[number]}) of the study {study_name!r} was not written by "
+                "a search of Nestling; search in a new run folder, or remove that study"
+            )
+    return [_trial(number, content) for number, content in found.items()]
 
 
-def _signature(problem: Problem) -> dict[str, Any]:
+def signature(problem: Problem) -> dict[str, Any]:
+    """What tells one problem from another."""
     space = json.dumps([problem.space.family, [asdict(choice) for choice in problem.space.choices]])
     return {
         "objectives": [objective.name for objective in problem.objectives],
         "limits": {limit.metric: limit.bound for limit in problem.limits},
         "space": hashlib.sha256(space.encode()).hexdigest()[:12],
     }
+
+
+def _trial(number: int, content: Mapping[str, Any]) -> Trial:
+    state: Literal["complete", "failed", "duplicate"] = content["state"]
+    return Trial(
+        number=number,
+        arch=Arch.from_json(content["arch"]),
+        metrics=content.get("metrics", {}),
+        state=state,
+        reason=content.get("reason", ""),
+        seconds=content["seconds"],
+    )
+
+
+def _find(connection: sa.Connection, name: str) -> int | None:
+    studies = tables.studies
+    found = connection.execute(sa.select(studies.c.study_id).where(studies.c.study_name == name)).scalar()
+    return None if found is None else int(found)
+
+
+def _check_problem(
+    connection: sa.Connection,
+    study: int,
+    problem: Problem,
+    about: Mapping[str, str],
+    *,
+    where: str,
+    name: str,
+    begins: bool = True,
+) -> None:
+    """Refuses a study of another problem; with `begins`, an empty one becomes this problem's."""
+    asked = {**signature(problem), **({"about": dict(about)} if about else {})}
+    table = tables.study_attributes
+    row = connection.execute(
+        sa.select(table.c.value_json).where(table.c.study_id == study, table.c.key == "problem")
+    ).scalar()
+    there = asked if row is None else json.loads(row)
+    differing = [key for key in signature(problem) if there.get(key) != asked[key]]
+    told = tables.directions
+    found = connection.execute(
+        sa.select(told.c.direction).where(told.c.study_id == study).order_by(told.c.objective)
+    ).scalars()
+    if list(found) != [direction.name for direction in directions(problem)] and "objectives" not in differing:
+        differing.append("objectives")
+    known = there.get("about", {})
+    differing += [key for key, value in about.items() if known.get(key, value) != value]
+    if differing:
+        raise StudyMismatch(
+            f"{where} holds the study {name!r} of another problem (it differs in {', '.join(differing)}); "
+            "search in a new run folder, or remove that study"
+        )
+    if begins and row is None:
+        connection.execute(
+            sa.insert(table).values(study_id=study, key="problem", value_json=json.dumps(asked))
+        )

@@ -1,8 +1,8 @@
-"""search(): asks a sampler for archs, evaluates each one once, and records every outcome.
+"""search(): evaluates archs until enough are known, alone or beside other processes on the same study.
 
-The sampler is made anew for each trial, from the seed and (unless it follows one plan) the trial's number,
-and reads what the record holds: a search that was killed and continued evaluates the same archs as one that
-was not.
+What is to be evaluated stands in a queue in the study's database, and whoever finds it empty proposes what
+comes next, from the trials that are stored and the number of archs that were ever proposed: a search in one
+process that was killed and continued evaluates the same archs as one that was not.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from nestling.search.database import Database, StudyUnavailable
 from nestling.search.objectives import Metrics, Problem, check_limits
-from nestling.search.record import Record, read_record
+from nestling.search.proposing import Proposer, make_proposer
+from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Standing, Task
+from nestling.search.record import Record, begin_study, read_record
 from nestling.search.result import SearchResult, Trial
-from nestling.search.samplers import PLANNED, check_sampler, make_sampler
 from nestling.space import Arch
 
-STUBBORN = 10
-"""Known archs that a sampler may propose in a row before an unknown one is put in their place."""
 ATTEMPTS = 1000
 """Random archs that are tried for an unknown one before the space is walked through."""
+POLL_SECONDS = 0.2
+"""How often a process that has nothing to do looks for something."""
 
 
 class EvaluationFailed(Exception):  # noqa: N818 - it names what happened
@@ -34,83 +37,177 @@ def search(
     problem: Problem,
     evaluate: Callable[[Arch], Metrics],
     *,
-    storage: Path,
+    storage: Path | str,
     name: str,
     trials: int,
-    sampler: str = "NSGAIISampler",
+    strategy: str = "NSGAIISampler",
     population: int = 20,
+    batch: int = 1,
     seed: int = 0,
     warm_start: int = 6,
     seeds: Sequence[Arch] = (),
+    about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
+    lease_seconds: float = LEASE_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Everything that was tried, once `trials` different archs are evaluated, those stored before included.
 
-    Begins with the smallest and the largest arch, `warm_start` archs spread between them, and `seeds`. An
-    arch that the sampler proposes again is answered from the record. Where the space has fewer archs than
-    `trials`, the search ends when all are known.
+    Begins with the smallest and the largest arch, `warm_start` archs spread between them, and `seeds`. Where
+    the space has fewer archs than `trials`, the search ends when all are known. Any number of processes may
+    search one study at once, each with a call of its own: no arch is evaluated by two, unless one of them was
+    silent for `lease_seconds`, and none is recorded twice.
 
     Args:
         problem: the space, what to improve, what to keep.
         evaluate: the metrics of an arch; raises `EvaluationFailed` where there are none. Any other exception
             ends the search; the next one asks for that arch again.
-        storage: the SQLite file, which other Optuna tools can read.
+        storage: the SQLite file, or the URL of a PostgreSQL database; other Optuna tools can read either.
         name: of the study.
         trials: how many different archs, failed ones included.
-        sampler: the class name of one of Optuna's samplers.
-        population: for samplers that have one.
+        strategy: who proposes: `random`, or the class name of one of Optuna's samplers.
+        population: for strategies that have one.
+        batch: how many archs are proposed at a time.
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
-        on_trial: called after each trial, duplicates included, when it is stored.
+        about: what else must be the same for all who search this study, by name.
+        on_trial: called for each new trial, this process's or another's, when it is stored.
+        lease_seconds: how long a process may be silent before another one does its work.
         clock: seconds.
 
     Raises:
         InfeasibleLimit: not even the smallest network keeps a limit on a cost.
-        StudyMismatch: the file holds a study of that name for another problem, or no study.
-        ValueError: no such sampler, or one that cannot search this space.
+        StudyMismatch: the database holds a study of that name for another problem, or no study.
+        StudyUnavailable: the database cannot be reached or written.
+        ValueError: no such strategy, or one that cannot search this space.
     """
-    check_sampler(sampler, problem, population=population)
-    record = Record(problem, storage, name)
-    known = {trial.arch: trial for trial in record.trials if trial.state != "duplicate"}
-    begin = _first_archs(problem, warm_start, seeds)
-    _check_smallest(problem, known)
-    while len(known) < min(trials, problem.space.size):
-        number = len(record.trials)
-        rng = random.Random(f"{seed}/{number}")
-        drawn = seed if sampler in PLANNED else rng.getrandbits(31)
-        made = make_sampler(sampler, problem, seed=drawn, population=population)
-        forced = begin[number] if number < len(begin) else None
-        if forced is None and _is_stuck(record.trials):
-            forced = _unknown(record.result, known, rng)
-        arch = record.ask(made, forced=forced)
-        if original := known.get(arch):
-            trial = replace(original, number=number, state="duplicate", seconds=0.0)
-            record.tell(trial, original=original)
-        else:
-            trial = known[arch] = _evaluate(problem, evaluate, arch, number=number, clock=clock)
-            record.tell(trial)
-        if on_trial is not None:
-            on_trial(trial, record.result)
-        if arch == problem.space.smallest:
-            _check_smallest(problem, known)
-    return record.result
+    proposer = make_proposer(strategy, problem, population=population)
+    wanted = min(trials, problem.space.size)
+
+    def tell(record: Record) -> None:
+        for trial in record.sync():
+            if on_trial is not None:
+                on_trial(trial, record.result)
+            if trial.arch == problem.space.smallest:
+                check_smallest(problem, record.trials)
+
+    with open_queue(problem, storage, name, about=about, lease_seconds=lease_seconds) as queue:
+        record = queue.record
+        check_smallest(problem, record.trials)
+        queue.offer(_first_archs(problem, warm_start, seeds))
+        with queue.renewing():
+            while (todo := queue.next(wanted)) != Standing(done=True):
+                tell(record)
+                if isinstance(todo, Task):
+                    queue.finish(todo, _evaluate(problem, evaluate, todo.arch, clock=clock))
+                elif isinstance(todo, Proposing):
+                    queue.propose(_proposals(proposer, record.result, todo, batch=batch, seed=seed))
+                else:
+                    time.sleep(POLL_SECONDS)
+        tell(record)
+        return record.result
 
 
-def load_result(problem: Problem, *, storage: Path, name: str) -> SearchResult:
-    """What the study `name` in the SQLite file `storage` has so far; nothing where there is no such study.
+def watch(
+    problem: Problem,
+    *,
+    storage: Path | str,
+    name: str,
+    trials: int,
+    about: Mapping[str, str] | None = None,
+    on_trial: Callable[[Trial, SearchResult], None] | None = None,
+    while_waiting: Callable[[int], None],
+) -> SearchResult:
+    """Everything that was tried, once other processes have evaluated `trials` different archs.
+
+    Args:
+        problem, storage, name, trials, about, on_trial: as of `search`.
+        while_waiting: called again and again with the number of archs that are evaluated; what it raises
+            ends the watch.
+
+    Raises:
+        Exception: as `search`.
+    """
+    wanted = min(trials, problem.space.size)
+    with open_queue(problem, storage, name, about=about) as queue:
+        record = queue.record
+        check_smallest(problem, record.trials)
+
+        def look() -> int:
+            for trial in record.sync():
+                if on_trial is not None:
+                    on_trial(trial, record.result)
+            check_smallest(problem, record.trials)
+            return len(record.result.complete) + len(record.result.failed)
+
+        while (done := look()) < wanted:
+            try:
+                while_waiting(done)
+            except Exception:
+                look()  # which tells more than that others have ended, where a limit cannot be kept
+                raise
+            time.sleep(POLL_SECONDS)
+        return record.result
+
+
+@contextmanager
+def open_queue(
+    problem: Problem,
+    storage: Path | str,
+    name: str,
+    *,
+    about: Mapping[str, str] | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+) -> Iterator[Queue]:
+    """The queue of the study `name`, begun where there is none; what is begun and not done is given back.
+
+    Raises:
+        Exception: as `search`.
+    """
+    database = Database(storage, prepare=partial(begin_study, problem=problem, name=name))
+    try:
+        queue = Queue(Record(problem, database, name, about=about), lease_seconds=lease_seconds)
+        try:
+            yield queue
+        except BaseException:
+            with suppress(StudyUnavailable):  # the lease ends by itself, too
+                queue.give_back()
+            raise
+    finally:
+        database.close()
+
+
+def agree(problem: Problem, fact: str, content: str, *, storage: Path | str, name: str) -> str:
+    """What all processes that search the study take for `fact`: the `content` that was told first.
+
+    Raises:
+        Exception: as `search`.
+    """
+    with open_queue(problem, storage, name) as queue:
+        return queue.settle(fact, content)
+
+
+def load_result(problem: Problem, *, storage: Path | str, name: str) -> SearchResult:
+    """What the study `name` at `storage` has so far; nothing where there is no such study.
 
     Raises:
         StudyMismatch: the study is of another problem.
+        StudyUnavailable: the database cannot be reached.
     """
     return read_record(problem, storage, name)
 
 
-def _check_smallest(problem: Problem, known: Mapping[Arch, Trial]) -> None:
-    trial = known.get(problem.space.smallest)
-    if trial is not None and trial.state == "complete":
-        check_limits(problem, smallest=trial.metrics)
+def check_smallest(problem: Problem, trials: Sequence[Trial]) -> None:
+    """Refuses limits that not even the smallest network keeps, once it was tried.
+
+    Raises:
+        InfeasibleLimit: a cost of the smallest network is beyond its limit.
+    """
+    smallest = problem.space.smallest
+    found = next((trial for trial in trials if trial.state == "complete" and trial.arch == smallest), None)
+    if found is not None:
+        check_limits(problem, smallest=found.metrics)
 
 
 def _first_archs(problem: Problem, warm_start: int, seeds: Sequence[Arch]) -> list[Arch]:
@@ -118,9 +215,21 @@ def _first_archs(problem: Problem, warm_start: int, seeds: Sequence[Arch]) -> li
     return list(dict.fromkeys([*ends, *problem.space.spread(warm_start), *seeds]))
 
 
-def _is_stuck(trials: Sequence[Trial]) -> bool:
-    last = trials[-STUBBORN:]
-    return len(last) == STUBBORN and all(trial.state == "duplicate" for trial in last)
+def _proposals(
+    proposer: Proposer, result: SearchResult, turn: Proposing, *, batch: int, seed: int
+) -> list[Arch]:
+    """At most `batch` archs that nobody tried or tries, in the order in which they are to be evaluated."""
+    rng = random.Random(f"{seed}/{turn.position}")
+    taken = {*(trial.arch for trial in result.trials), *turn.pending}
+    count = min(batch, result.problem.space.size - len(taken))
+    if count <= 0:
+        return []
+    found = proposer.propose(
+        result.problem, result.trials, pending=turn.pending, count=count, seed=rng.getrandbits(31)
+    )
+    new = [arch for arch in dict.fromkeys(found) if arch not in taken][:count]
+    # a proposer that is out of ideas must not end the search
+    return new or [_unknown(result, taken, rng)]
 
 
 def _evaluate(
@@ -128,25 +237,25 @@ def _evaluate(
     evaluate: Callable[[Arch], Metrics],
     arch: Arch,
     *,
-    number: int,
     clock: Callable[[], float],
 ) -> Trial:
+    """The outcome of `arch`; its number is given when it is stored."""
     began = clock()
     try:
         metrics = {metric: float(value) for metric, value in evaluate(arch).items()}
     except EvaluationFailed as error:
         reason = str(error) or "the evaluation failed without a reason"
-        return Trial(number, arch, {}, "failed", reason, seconds=clock() - began)
+        return Trial(0, arch, {}, "failed", reason, seconds=clock() - began)
     seconds = clock() - began
     missing = [f"{metric} was not measured" for metric in problem.needed() if metric not in metrics]
     bad = [f"{metric} is {value}" for metric, value in metrics.items() if not math.isfinite(value)]
     if missing or bad:
-        return Trial(number, arch, {}, "failed", "; ".join([*missing, *bad]), seconds=seconds)
-    return Trial(number, arch, metrics, "complete", seconds=seconds)
+        return Trial(0, arch, {}, "failed", "; ".join([*missing, *bad]), seconds=seconds)
+    return Trial(0, arch, metrics, "complete", seconds=seconds)
 
 
-def _unknown(result: SearchResult, known: Mapping[Arch, Trial], rng: random.Random) -> Arch:
-    """An arch that was not tried: near the front, else anywhere."""
+def _unknown(result: SearchResult, taken: set[Arch], rng: random.Random) -> Arch:
+    """An arch that is not `taken`, of which the space has one: near the front, else anywhere."""
     space = result.problem.space
     for attempt in range(ATTEMPTS):
         if result.front and attempt < ATTEMPTS // 2:
@@ -155,6 +264,6 @@ def _unknown(result: SearchResult, known: Mapping[Arch, Trial], rng: random.Rand
             arch = space.mutate(rng.choice(result.front).arch, rng, probability=probability)
         else:
             arch = space.sample(rng)
-        if arch not in known:
+        if arch not in taken:
             return arch
-    return next(arch for arch in space.walk() if arch not in known)
+    return next(arch for arch in space.walk() if arch not in taken)

@@ -15,7 +15,8 @@ from nestling.pipeline.alone import recipe_alone, train_alone
 from nestling.pipeline.asked import float_space, paired_indices
 from nestling.pipeline.evaluation import evaluate_supernet
 from nestling.pipeline.listening import Silent
-from nestling.pipeline.stages import STUDY, open_run, problem
+from nestling.pipeline.stages import open_run
+from nestling.pipeline.studies import STUDY, problem
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run, RunError
@@ -256,7 +257,7 @@ def test_a_searched_front_is_held_against_networks_that_nobody_chose(fresh: Work
         return {"top1": cost / 1000, "latency_ms": cost, "size_mb": 1, "mmacs": cost, "peak_mb": 1}
 
     search(
-        problem(fresh), metrics, storage=fresh.run.study_file, name=STUDY, trials=4, sampler="RandomSampler",
+        problem(fresh), metrics, storage=fresh.run.study_file, name=STUDY, trials=4, strategy="random",
         population=4, seed=0, warm_start=2,
     )  # fmt: skip
     found = evaluate_supernet(fresh, subnets=3, listener=Silent())

@@ -7,7 +7,7 @@ import pytest
 
 from nestling.config import load_config
 from nestling.pipeline.lookup import find_arch
-from nestling.pipeline.stages import STUDY, problem
+from nestling.pipeline.studies import STUDY, problem
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run
 from nestling.search import search
@@ -26,7 +26,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
         return {"top1": cost / 1000, "latency_ms": cost, "size_mb": 1, "mmacs": cost, "peak_mb": 1}
 
     search(
-        problem(bench), metrics, storage=bench.run.study_file, name=STUDY, trials=2, sampler="RandomSampler",
+        problem(bench), metrics, storage=bench.run.study_file, name=STUDY, trials=2, strategy="random",
         population=4, seed=0, warm_start=2,
     )  # fmt: skip
     (bench.run.exports / "01-known").mkdir(parents=True)

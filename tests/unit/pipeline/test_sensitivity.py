@@ -10,7 +10,7 @@ import pytest
 from nestling.config import load_config
 from nestling.pipeline import sensitivity
 from nestling.pipeline.sensitivity import SENSITIVITY, Mix, seeds, spread, trade_off
-from nestling.pipeline.stages import problem
+from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
 from nestling.quant.sensitivity import Sensitivity
 from nestling.run import Run

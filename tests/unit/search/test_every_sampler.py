@@ -37,7 +37,7 @@ def test_a_grid_of_one_point_that_is_forced_is_no_error(
 ) -> None:
     constants = SearchSpace("toy", tuple(Choice(c.name, c.values[:1]) for c in problem.space.choices))
     grid = Problem.parse(constants, objectives=["top1"], limits={})
-    result = search(grid, toy, storage=file, name="toy", trials=9, sampler="GridSampler")
+    result = search(grid, toy, storage=file, name="toy", trials=9, strategy="GridSampler")
     assert [trial.arch for trial in result.complete] == [constants.smallest]
 
 
@@ -47,7 +47,7 @@ def test_a_grid_takes_each_point_that_was_not_forced_once(
     small = problem.space.only({"resolution": [16], "depth": [2]})
     grid = Problem.parse(small, objectives=["top1", "latency_ms"], limits={})
     result = search(
-        grid, toy, storage=file, name="toy", trials=99, warm_start=0, sampler="GridSampler", seed=3
+        grid, toy, storage=file, name="toy", trials=99, warm_start=0, strategy="GridSampler", seed=3
     )
     assert {trial.arch for trial in result.complete} == set(small.walk())
     # the two ends are forced, and the grid, which is not told of them, takes them too
@@ -62,6 +62,8 @@ def test_a_search_in_two_parts_tries_what_one_in_one_part_does(
     for parts in ([8], [3, 8]):
         file = Path(shutil.copy(empty_study_file, tmp_path / f"{len(parts)}.db"))
         for trials in parts:
-            result = search(problem, toy, storage=file, name="toy", trials=trials, sampler=name, population=3)
+            result = search(
+                problem, toy, storage=file, name="toy", trials=trials, strategy=name, population=3
+            )
         found.append([trial.arch for trial in result.trials])
     assert found[0] == found[1]

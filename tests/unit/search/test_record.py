@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import optuna
 import pytest
@@ -11,8 +14,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from nestling.search import EvaluationFailed, Metrics, Problem, StudyMismatch, Trial, load_result, search
-from nestling.search.record import FAILED_VIOLATION, Record
-from nestling.search.samplers import make_sampler
+from nestling.search.queue import Task
+from nestling.search.study import open_queue
+from nestling.search.tables import FAILED_VIOLATION
 from nestling.space import Arch, SearchSpace
 
 Evaluate = Callable[[Arch], Metrics]
@@ -23,43 +27,41 @@ def limited(space: SearchSpace) -> Problem:
     return Problem.parse(space, objectives=["top1", "latency_ms"], limits={"latency_ms": 20.0, "top1": 0.5})
 
 
-def fill(record: Record, archs: list[Arch], outcome: Callable[[Arch], Metrics | None]) -> None:
-    """Forces `archs` one after the other; an arch that comes again is told as a duplicate."""
-    known: dict[Arch, Trial] = {}
-    for number, arch in enumerate(archs):
-        sampler = make_sampler("NSGAIISampler", record.problem, seed=number, population=4)
-        assert record.ask(sampler, forced=arch) == arch
-        original = known.get(arch)
-        metrics = outcome(arch)
-        if original is not None:
-            told = Trial(number, arch, original.metrics, "duplicate", original.reason)
-        elif metrics is None:
-            told = known[arch] = Trial(number, arch, {}, "failed", "no reason")
-        else:
-            told = known[arch] = Trial(number, arch, metrics, "complete")
-        record.tell(told, original=original)
+def fill(file: Path, problem: Problem, outcomes: list[tuple[Arch, Metrics]]) -> list[Trial]:
+    """What the file holds after these outcomes were recorded in it; an arch without metrics has failed."""
+    with open_queue(problem, file, "toy") as queue:
+        queue.offer([arch for arch, _ in outcomes])
+        for arch, metrics in outcomes:
+            task = queue.next(1000)
+            assert isinstance(task, Task)
+            assert task.arch == arch
+            state: Literal["complete", "failed"] = "complete" if metrics else "failed"
+            assert queue.finish(task, Trial(0, arch, metrics, state, "" if metrics else "no reason", 0.5))
+        queue.record.sync()
+        return queue.record.trials
 
 
-def test_every_trial_has_every_constraint_duplicates_and_failures_included(
+def read_by_optuna(file: Path) -> optuna.Study:
+    return optuna.load_study(study_name="toy", storage=f"sqlite:///{file}")
+
+
+def test_every_trial_has_every_constraint_failures_included(
     limited: Problem, toy: Evaluate, file: Path
 ) -> None:
     small, large = limited.space.smallest, limited.space.largest
-    archs = [small, large, small, large]
-    fill(Record(limited, file, "toy"), archs, lambda arch: None if arch == large else toy(arch))
-    trials = optuna.load_study(study_name="toy", storage=f"sqlite:///{file}").trials
+    fill(file, limited, [(small, toy(small)), (large, {})])
+    trials = read_by_optuna(file).trials
     kept = {limit.metric: limit.violation(toy(small)) for limit in limited.limits}
     broken = {"latency_ms": FAILED_VIOLATION, "top1": FAILED_VIOLATION}
-    assert [trial.constraints for trial in trials] == [kept, broken, kept, broken]
-    states = [TrialState.COMPLETE, TrialState.FAIL] * 2
-    assert [trial.state for trial in trials] == states
-    assert [trial.user_attrs.get("duplicate_of") for trial in trials] == [None, None, 0, 1]
+    assert [trial.constraints for trial in trials] == [kept, broken]
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL]
 
 
 def test_the_feasible_front_is_the_one_that_optuna_finds(limited: Problem, toy: Evaluate, file: Path) -> None:
     archs = limited.space.spread(12)
-    fill(Record(limited, file, "toy"), archs, toy)
+    fill(file, limited, [(arch, toy(arch)) for arch in archs])
     front = load_result(limited, storage=file, name="toy").front
-    best = optuna.load_study(study_name="toy", storage=f"sqlite:///{file}").best_trials
+    best = read_by_optuna(file).best_trials
     assert 0 < len(front) < len(archs)
     assert {trial.number for trial in front} == {trial.number for trial in best}
 
@@ -67,25 +69,50 @@ def test_the_feasible_front_is_the_one_that_optuna_finds(limited: Problem, toy: 
 def test_a_reopened_record_holds_the_trials_that_it_was_told(
     limited: Problem, toy: Evaluate, file: Path
 ) -> None:
-    archs = [*limited.space.spread(4), limited.space.largest]
-    record = Record(limited, file, "toy")
-    fill(record, archs, lambda arch: None if arch["width"] == 2 else toy(arch))
-    again = Record(limited, file, "toy")
-    assert again.trials == record.trials
-    assert again.result == load_result(limited, storage=file, name="toy")
-    assert {trial.state for trial in again.trials} == {"complete", "failed", "duplicate"}
+    archs = limited.space.spread(5)
+    told = fill(file, limited, [(arch, {} if arch["width"] == 2 else toy(arch)) for arch in archs])
+    assert [trial.number for trial in told] == [0, 1, 2, 3, 4]
+    assert {trial.state for trial in told} == {"complete", "failed"}
+    assert load_result(limited, storage=file, name="toy").trials == tuple(told)
 
 
-def test_a_trial_that_was_asked_for_and_not_told_is_not_in_the_file(limited: Problem, file: Path) -> None:
-    record = Record(limited, file, "toy")
-    record.ask(make_sampler("RandomSampler", limited, seed=0, population=4))
-    assert optuna.load_study(study_name="toy", storage=f"sqlite:///{file}").trials == []
-    assert Record(limited, file, "toy").trials == []
+def test_a_trial_that_was_begun_and_not_finished_is_not_in_the_file(limited: Problem, file: Path) -> None:
+    with open_queue(limited, file, "toy") as queue:
+        queue.offer([limited.space.smallest])
+        assert isinstance(queue.next(1), Task)
+    assert read_by_optuna(file).trials == []
+    assert load_result(limited, storage=file, name="toy").trials == ()
 
 
-def test_nothing_can_be_told_before_it_was_asked_for(limited: Problem, file: Path) -> None:
-    with pytest.raises(RuntimeError, match="nothing was asked for"):
-        Record(limited, file, "toy").tell(Trial(0, limited.space.smallest, {}, "failed", "x"))
+def test_a_study_of_another_supernet_is_refused_by_what_differs(problem: Problem, file: Path) -> None:
+    with open_queue(problem, file, "toy", about={"weights": "a", "images": "b"}):
+        pass
+    with open_queue(problem, file, "toy", about={"images": "b"}):
+        pass
+    with (
+        pytest.raises(StudyMismatch, match=r"another problem \(it differs in weights\)"),
+        open_queue(problem, file, "toy", about={"weights": "c", "images": "b"}),
+    ):
+        pass
+
+
+def test_trials_of_a_study_from_before_there_were_queues_are_not_tried_again(
+    problem: Problem, toy: Evaluate, file: Path
+) -> None:
+    archs = problem.space.spread(4)
+    fill(file, problem, [(arch, toy(arch)) for arch in archs])
+    with closing(sqlite3.connect(file)) as database, database:
+        for table in ("candidates", "leases", "facts"):
+            database.execute(f"drop table nestling_{table}")
+    tried: list[Arch] = []
+
+    def evaluate(arch: Arch) -> Metrics:
+        tried.append(arch)
+        return toy(arch)
+
+    result = search(problem, evaluate, storage=file, name="toy", trials=6, warm_start=4, strategy="random")
+    assert [trial.arch for trial in result.trials] == [*archs, *tried]
+    assert len(set(tried) - set(archs)) == len(tried) == 2
 
 
 def test_an_arch_that_failed_is_not_evaluated_again(space: SearchSpace, file: Path) -> None:
@@ -97,7 +124,7 @@ def test_an_arch_that_failed_is_not_evaluated_again(space: SearchSpace, file: Pa
         tried.append(arch)
         raise EvaluationFailed
 
-    result = search(problem, evaluate, storage=file, name="toy", trials=9, sampler="TPESampler")
+    result = search(problem, evaluate, storage=file, name="toy", trials=9, strategy="TPESampler")
     assert set(tried) == set(small.walk())
     assert len(tried) == len(result.failed) == small.size
     assert {trial.reason for trial in result.failed} == {"the evaluation failed without a reason"}
@@ -112,7 +139,7 @@ def test_an_empty_study_of_others_is_refused_and_left_as_it_was(
 ) -> None:
     theirs = optuna.create_study(study_name="toy", storage=f"sqlite:///{file}", directions=directions)
     with pytest.raises(StudyMismatch, match="differs in objectives"):
-        Record(problem, file, "toy")
+        search(problem, lambda _: {}, storage=file, name="toy", trials=1)
     with pytest.raises(StudyMismatch, match="differs in objectives"):
         load_result(problem, storage=file, name="toy")
     assert theirs.user_attrs == {}

@@ -22,7 +22,7 @@ def test_a_sampler_that_lists_every_point_can_come_to_its_end(
 ) -> None:
     small = space.only({"resolution": [16], "width": [1, 2], "depth": [1], "b2.kernel": [3]})
     problem = Problem.parse(small, objectives=["top1", "latency_ms"], limits={})
-    result = search(problem, toy, storage=file, name="toy", trials=99, sampler=name)
+    result = search(problem, toy, storage=file, name="toy", trials=99, strategy=name)
     assert {trial.arch for trial in result.complete} == set(small.walk())
 
 
@@ -43,7 +43,7 @@ def test_a_sampler_that_cannot_search_the_problem_is_refused_before_anything_is_
 
     for name, reason in [("PartialFixedSampler", "missing"), ("CmaEsSampler", "at random; take NSGAII")]:
         with pytest.raises(ValueError, match=f"the sampler {name} cannot be used here: .*{reason}"):
-            search(problem, never, storage=file, name="toy", trials=2, sampler=name)
+            search(problem, never, storage=file, name="toy", trials=2, strategy=name)
     assert not file.exists()
     check_sampler("NSGAIISampler", problem, population=4)
 
@@ -64,7 +64,7 @@ def test_optuna_says_nothing_and_its_verbosity_is_left_alone(
     optuna.logging.set_verbosity(logging.INFO)
     logging.getLogger("optuna").addHandler(caplog.handler)
     try:
-        search(problem, toy, storage=file, name="toy", trials=4, warm_start=0, sampler="QMCSampler")
+        search(problem, toy, storage=file, name="toy", trials=4, warm_start=0, strategy="QMCSampler")
         assert optuna.logging.get_verbosity() == logging.INFO
         assert caplog.records == []
         optuna.create_study()

@@ -7,7 +7,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 
 import optuna
@@ -26,7 +26,6 @@ from nestling.search import (
     search,
     spread_along_front,
 )
-from nestling.search.study import STUBBORN
 from nestling.space import Arch, Choice, SearchSpace
 
 Evaluate = Callable[[Arch], Metrics]
@@ -67,8 +66,7 @@ def test_a_space_searched_whole_gives_the_true_front_and_evaluates_each_arch_onc
     assert set(evaluated.values()) == {1}
     expected = true_front(small, toy, latency_ms=12.0)
     assert {trial.arch.key for trial in result.front} == expected
-    states = [trial.state for trial in result.trials]
-    assert max(len(list(run)) for state, run in groupby(states) if state == "duplicate") <= STUBBORN
+    assert {trial.state for trial in result.trials} == {"complete"}
     costs = [trial.metrics["latency_ms"] for trial in result.front]
     assert costs == sorted(costs)
     study = optuna.load_study(study_name="toy", storage=f"sqlite:///{file}")
@@ -97,24 +95,19 @@ def test_seeds_are_tried_right_after_the_archs_that_are_spread(
     assert set(seeds) - set(spread)
 
 
-def test_a_known_arch_is_answered_from_the_record(problem: Problem, toy: Evaluate, file: Path) -> None:
+def test_every_trial_is_told_once_in_order_when_it_is_stored(
+    problem: Problem, toy: Evaluate, file: Path
+) -> None:
     seen: list[Trial] = []
-    result = search(
-        problem,
-        toy,
-        storage=file,
-        name="toy",
-        trials=14,
-        population=4,
-        on_trial=lambda trial, _: seen.append(trial),
-    )
+
+    def on_trial(trial: Trial, result: SearchResult) -> None:
+        assert result.trials[trial.number] == trial
+        assert len(stored_trials(file)) > trial.number
+        seen.append(trial)
+
+    result = search(problem, toy, storage=file, name="toy", trials=6, population=4, on_trial=on_trial)
     assert seen == list(result.trials)
-    duplicates = [trial for trial in result.trials if trial.state == "duplicate"]
-    assert duplicates
-    originals = {trial.arch: trial for trial in result.complete}
-    for trial in duplicates:
-        assert trial.metrics == originals[trial.arch].metrics
-        assert stored_trials(file)[trial.number].user_attrs["duplicate_of"] == originals[trial.arch].number
+    assert [trial.number for trial in seen] == list(range(6))
 
 
 def test_a_failed_evaluation_is_recorded_with_its_reason_and_never_feasible(
@@ -192,7 +185,7 @@ def test_a_search_that_is_interrupted_anywhere_goes_on_as_if_it_had_not_been(
             storage=file,
             name="toy",
             trials=13,
-            sampler=sampler,
+            strategy=sampler,
             population=4,
             warm_start=0,
         )
@@ -311,16 +304,16 @@ def test_a_study_of_another_problem_is_refused(space: SearchSpace, toy: Evaluate
 def test_trials_that_others_wrote_are_refused(problem: Problem, toy: Evaluate, file: Path) -> None:
     search(problem, toy, storage=file, name="toy", trials=1)
     optuna.load_study(study_name="toy", storage=f"sqlite:///{file}").ask()
-    with pytest.raises(StudyMismatch, match=r"trial 1 \(RUNNING\) was not written by a search"):
+    with pytest.raises(StudyMismatch, match=r"trial 1 \(RUNNING\) of the study 'toy' was not written"):
         search(problem, toy, storage=file, name="toy", trials=2)
 
 
-def test_two_searches_of_one_study_do_not_mix(problem: Problem, toy: Evaluate, file: Path) -> None:
+def test_trials_that_others_write_meanwhile_are_refused(problem: Problem, toy: Evaluate, file: Path) -> None:
     def evaluate(arch: Arch) -> Metrics:
         optuna.load_study(study_name="toy", storage=f"sqlite:///{file}").ask()
         return toy(arch)
 
-    with pytest.raises(StudyMismatch, match=r"trial 0 of .* became trial 1: another process writes"):
+    with pytest.raises(StudyMismatch, match=r"trial 0 \(RUNNING\) of the study 'toy' was not written"):
         search(problem, evaluate, storage=file, name="toy", trials=2)
 
 

@@ -1,0 +1,165 @@
+"""The search stage: candidates become files, are scored and timed, alone or by several processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from nestling.pipeline.candidate import (
+    candidate_metrics,
+    latency_metrics,
+    measure,
+    score,
+    write_candidate,
+)
+from nestling.pipeline.listening import Listener
+from nestling.pipeline.sensitivity import seeds
+from nestling.pipeline.studies import Place, about, problem, study_place
+from nestling.pipeline.workbench import Workbench
+from nestling.pipeline.workers import local_workers
+from nestling.profile import Measurement
+from nestling.run import RunError
+from nestling.search import SearchResult, Trial, agree, search, watch
+from nestling.space import Arch
+
+REFERENCE = "reference.json"
+
+
+def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
+    """The result of the run's search, continued where it was stopped.
+
+    Each candidate is written to a file; accuracy (on the search split) and latency are those of the file.
+    With `search.workers` above 1 as many processes of this machine search together, and this one watches.
+
+    Raises:
+        RunError: training is not finished.
+        InfeasibleLimit: no network of the space can keep a limit.
+        StudyUnavailable: the study's database cannot be reached.
+        WorkersLost: a worker ended with an error.
+    """
+    listener.stage("search")
+    bench.check_trained()
+    with bench.timed("search"):
+        alone = bench.config.search.workers == 1
+        result = (_search if alone else _watch)(bench, study_place(bench), listener)
+    for told in result.unmet:
+        listener.note(told)
+    front = {trial.arch.key for trial in result.front}
+    for file in list((bench.run.folder / "candidates").glob("*.onnx")):
+        if file.stem not in front:
+            file.unlink()
+    return result
+
+
+def join_search(bench: Workbench, *, study: str | None = None, listener: Listener) -> SearchResult:
+    """The result of the run's search, in which this process takes part beside others.
+
+    The study is in the database `study`, where that is given.
+
+    Raises:
+        Exception: as `search_supernet`.
+    """
+    listener.stage("search")
+    bench.check_trained()
+    return _search(bench, study_place(bench, given=study), listener)
+
+
+def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
+    config = bench.config.search
+    return search(
+        problem(bench),
+        _evaluation(bench, place),
+        storage=place.storage,
+        name=place.name,
+        trials=config.trials,
+        strategy=config.strategy,
+        population=config.population,
+        batch=config.batch,
+        seed=bench.config.seed,
+        warm_start=config.warm_start,
+        seeds=_seeds(bench, listener),
+        about=about(bench),
+        on_trial=_telling(bench, listener),
+    )
+
+
+def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
+    config = bench.config.search
+    _seeds(bench, listener)  # found once, and read by the workers
+    listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
+    with local_workers(bench.run.folder, config.workers) as workers:
+        return watch(
+            problem(bench),
+            storage=place.storage,
+            name=place.name,
+            trials=config.trials,
+            about=about(bench),
+            on_trial=_telling(bench, listener),
+            while_waiting=workers.check,
+        )
+
+
+def _telling(bench: Workbench, listener: Listener) -> Callable[[Trial, SearchResult], None]:
+    def on_trial(trial: Trial, result: SearchResult) -> None:
+        listener.trial(trial, result, bench.config.search.trials)
+
+    return on_trial
+
+
+def _evaluation(bench: Workbench, place: Place) -> Callable[[Arch], Mapping[str, float]]:
+    """What gives the metrics of an arch; files and measurements are the run's."""
+    wanted = problem(bench).needed()
+    reference: dict[str, Any] = {}
+
+    def evaluate(arch: Arch) -> Mapping[str, float]:
+        path = bench.candidate_path(arch)
+        candidate = write_candidate(bench, arch, path)
+        accuracy = score(bench.device, path, bench.data.search, resolution=candidate.resolution)
+        metrics = candidate_metrics(candidate, accuracy)
+        if "latency_ms" in wanted:
+            measurement = measure(bench.device, path)
+            if not reference:
+                reference.update(_reference(bench, place, measurement))
+            metrics |= latency_metrics(measurement, reference_ms=float(reference["latency_ms"]))
+        return metrics
+
+    return evaluate
+
+
+def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:
+    """The reference model on the run's device, as the first measurement of all processes found it.
+
+    Raises:
+        RunError: the run was measured on another device or runtime.
+    """
+    fingerprint = measurement.fingerprint
+    here = {
+        "key": fingerprint.key,
+        "latency_ms": float(np.median(measurement.reference_seconds)) * 1e3,
+        "fingerprint": asdict(fingerprint),
+    }
+    mine = json.dumps(bench.run.read_json(REFERENCE) or here)
+    known: dict[str, Any] = json.loads(
+        agree(problem(bench), "reference", mine, storage=place.storage, name=place.name)
+    )
+    if known["key"] != fingerprint.key:
+        raise RunError(
+            f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
+            f"this one ({fingerprint}); their latencies do not compare: search in a new run"
+        )
+    if bench.run.read_json(REFERENCE) != known:
+        bench.run.write_json(REFERENCE, known)
+    return known
+
+
+def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:
+    """What `seeds` gives; nothing, and a note, where the largest network is one that cannot be quantized."""
+    try:
+        return seeds(bench, problem(bench))
+    except ValueError as error:
+        listener.note(f"no archs by sensitivity: {error}")
+        return []

@@ -1,0 +1,61 @@
+"""A run's study: where it is, what it is after, and what it holds so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestling.pipeline.workbench import Workbench
+from nestling.search import Problem, SearchResult, load_result
+
+STUDY = "nestling"
+
+
+def problem(bench: Workbench) -> Problem:
+    """What the run's search is after.
+
+    Raises:
+        ValueError: an unknown objective or limit.
+    """
+    config = bench.config.search
+    return Problem.parse(bench.space, objectives=config.objectives, limits=config.limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a study is: an SQLite file or a database's URL, and the study's name there."""
+
+    storage: Path | str
+    name: str
+
+
+def study_place(bench: Workbench, *, given: str | None = None) -> Place:
+    """Where the run's study is: in the database `given`, in the configuration's, or in the run's own file.
+
+    In a PostgreSQL database, which many runs may share, the run's name is part of the study's.
+    """
+    asked = bench.config.search.study if given is None else given
+    if asked is None:
+        return Place(bench.run.study_file, STUDY)
+    return Place(asked, f"{STUDY}/{bench.config.name}" if asked.startswith("postgres") else STUDY)
+
+
+def searched(bench: Workbench) -> SearchResult:
+    """What the run's search has tried so far; nothing before it has begun.
+
+    Raises:
+        StudyMismatch: the study is of another problem.
+        StudyUnavailable: its database cannot be reached.
+    """
+    place = study_place(bench)
+    return load_result(problem(bench), storage=place.storage, name=place.name)
+
+
+def about(bench: Workbench) -> dict[str, str]:
+    """What must be the same for all processes that search the run's study, on whichever machine."""
+    facts = {"images": bench.data.fingerprint}
+    index = bench.checkpoints / "checkpoints.json"
+    if index.exists():
+        facts["weights"] = json.loads(index.read_text(encoding="utf-8"))[0]["sha256"]
+    return facts

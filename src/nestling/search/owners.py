@@ -1,0 +1,70 @@
+"""Owners: names for processes by which another one can tell whether they have ended."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import socket
+import uuid
+from functools import cache
+from pathlib import Path
+
+_numbers = itertools.count(1)
+
+
+def this_owner() -> str:
+    """A name of this process that no other has and no earlier call gave: `host:pid:start:place:number`."""
+    pid = os.getpid()
+    return f"{socket.gethostname()}:{pid}:{_start(pid)}:{place()}:{next(_numbers)}"
+
+
+def told(owner: str) -> str:
+    """`owner` for a person: the host and the number of the process."""
+    host, pid, *_ = owner.rsplit(":", 4)
+    return f"process {pid} on {host}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether the process that `this_owner` named has ended, as far as can be told from here.
+
+    Of a process of another machine, container or boot nothing can be told: it counts as there.
+    """
+    _, pid, start, where, _ = owner.rsplit(":", 4)
+    return where == place() and _start(int(pid)) != start
+
+
+@cache
+def place() -> str:
+    """What processes that see each other's numbers share: one boot of one machine or container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.exists() and namespace.is_symlink():
+        facts = f"{boot.read_text().strip()} {namespace.readlink()}"
+    else:
+        facts = f"{uuid.getnode()} {socket.gethostname()}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _start(pid: int) -> str:
+    """When the process `pid` began, in the machine's own unit; empty where it has ended, reaped or not.
+
+    A number is given again to a later process, which began at another time.
+    """
+    if not Path("/proc/self/stat").exists():
+        return "there" if _exists(pid) else ""
+    try:
+        # the name, in brackets, may hold anything
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if state in "ZX" else facts[18]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

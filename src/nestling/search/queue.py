@@ -1,0 +1,282 @@
+"""Queue: the archs of a study that are to be evaluated, shared by all processes that evaluate some.
+
+Each arch is in the queue once. A process leases one, renews its lease while it works, and hands in the
+outcome; a lease that is not renewed ends, and another process takes the arch. The outcome that is handed in
+first is the trial: a process that was only slow changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from threading import Event, Thread
+
+import sqlalchemy as sa
+
+from nestling.search import tables
+from nestling.search.database import StudyUnavailable
+from nestling.search.owners import is_gone, this_owner, told
+from nestling.search.record import Record
+from nestling.search.result import Trial
+from nestling.space import Arch
+
+LEASE_SECONDS = 60.0
+"""How long a process may be silent before what it evaluates is given to another one."""
+RETRIES = 3
+"""How often an arch is begun again whose process was lost; after that it is recorded as failed."""
+PROPOSING = "proposing"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An arch that is this process's to evaluate."""
+
+    position: int
+    arch: Arch
+
+
+@dataclass(frozen=True, slots=True)
+class Proposing:
+    """This process's turn to propose: the position of the first new arch, and what others evaluate."""
+
+    position: int
+    pending: tuple[Arch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Nothing to do: whether all is `done`; else others are at work."""
+
+    done: bool
+
+
+class Queue:
+    """The queue of `record`'s study.
+
+    Args:
+        record: of the study.
+        owner: a name that no other process has.
+        lease_seconds: how long this process may be silent.
+        gone: whether the process with that name has ended for sure.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        *,
+        owner: str | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        gone: Callable[[str], bool] = is_gone,
+    ) -> None:
+        self.record, self.database, self.study = record, record.database, record.study
+        self.owner = this_owner() if owner is None else owner
+        self._lease_seconds = lease_seconds
+        self._gone = gone
+        self._mine = sa.and_(
+            tables.candidates.c.study_id == self.study, tables.candidates.c.owner == self.owner
+        )
+        with self.database.writing() as connection:
+            tables.lay_out_ours(connection)
+            # trials of a study that was begun before there were queues
+            tried = [trial.arch for trial in record.trials if trial.state != "duplicate"]
+            self._append(connection, tried, state="done")
+
+    def offer(self, archs: Sequence[Arch]) -> None:
+        """Appends those of `archs` that were never in the queue."""
+        with self.database.writing() as connection:
+            self._append(connection, archs, state="waiting")
+
+    def next(self, trials: int) -> Task | Proposing | Standing:
+        """What this process should do so that `trials` archs are evaluated."""
+        table = tables.candidates
+        with self.database.writing() as connection:
+            now = self.database.now(connection)
+            done = self._done(connection)
+            open_ones = connection.execute(
+                sa.select(table)
+                .where(table.c.study_id == self.study, table.c.state != "done")
+                .order_by(table.c.position)
+            ).all()
+            free, pending = [], []
+            for row in open_ones:
+                if row.state == "running" and not self._is_lost(row.owner, row.until, now):
+                    pending.append(Arch.from_json(row.arch))
+                elif row.begun > RETRIES:
+                    self._give_up(connection, row)
+                    done += 1
+                else:
+                    free.append(row)
+            if done >= trials:
+                return Standing(done=True)
+            if done + len(pending) >= trials:
+                return Standing(done=False)
+            if free:
+                first = free[0]
+                connection.execute(
+                    sa.update(table)
+                    .where(table.c.study_id == self.study, table.c.position == first.position)
+                    .values(
+                        state="running",
+                        owner=self.owner,
+                        until=now + self._lease_seconds,
+                        begun=first.begun + 1,
+                    )
+                )
+                return Task(first.position, Arch.from_json(first.arch))
+            if not self._take(connection, PROPOSING, now):
+                return Standing(done=False)
+            return Proposing(self._count(connection), tuple(pending))
+
+    def propose(self, archs: Iterable[Arch]) -> None:
+        """Appends what this process proposes, and ends its turn; too late, it changes nothing."""
+        leases = tables.leases
+        with self.database.writing() as connection:
+            ended = connection.execute(
+                sa.delete(leases).where(
+                    leases.c.study_id == self.study,
+                    leases.c.name == PROPOSING,
+                    leases.c.owner == self.owner,
+                )
+            )
+            if ended.rowcount:
+                self._append(connection, archs, state="waiting")
+
+    def finish(self, task: Task, trial: Trial) -> bool:
+        """Whether `trial` is now the outcome of `task`: another process may have handed one in before."""
+        table = tables.candidates
+        with self.database.writing() as connection:
+            updated = connection.execute(
+                sa.update(table)
+                .where(
+                    table.c.study_id == self.study,
+                    table.c.position == task.position,
+                    table.c.state != "done",
+                )
+                .values(state="done", owner=None, until=None)
+            )
+            if updated.rowcount:
+                self.record.add(connection, trial)
+            return bool(updated.rowcount)
+
+    def give_back(self) -> None:
+        """Leaves what this process has begun to others, as if it had not been begun."""
+        table, leases = tables.candidates, tables.leases
+        with self.database.writing() as connection:
+            connection.execute(
+                sa.update(table)
+                .where(self._mine)
+                .values(state="waiting", owner=None, until=None, begun=table.c.begun - 1)
+            )
+            connection.execute(
+                sa.delete(leases).where(leases.c.study_id == self.study, leases.c.owner == self.owner)
+            )
+
+    def renew(self) -> None:
+        """Lengthens the leases of this process."""
+        leases = tables.leases
+        with self.database.writing() as connection:
+            until = self.database.now(connection) + self._lease_seconds
+            connection.execute(sa.update(tables.candidates).where(self._mine).values(until=until))
+            connection.execute(
+                sa.update(leases)
+                .where(leases.c.study_id == self.study, leases.c.owner == self.owner)
+                .values(until=until)
+            )
+
+    @contextmanager
+    def renewing(self) -> Iterator[None]:
+        """Keeps the leases of this process while what is inside works."""
+        stop = Event()
+
+        def beat() -> None:
+            while not stop.wait(self._lease_seconds / 4):
+                # the worst is that another process takes the arch; what is handed in tells what is wrong
+                with suppress(StudyUnavailable):
+                    self.renew()
+
+        thread = Thread(target=beat, daemon=True, name="lease")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def settle(self, name: str, content: str) -> str:
+        """What holds for all processes under `name`: the first `content` that one of them gave."""
+        table = tables.facts
+        with self.database.writing() as connection:
+            asked = sa.select(table.c.content).where(table.c.study_id == self.study, table.c.name == name)
+            known = connection.execute(asked).scalar()
+            if known is None:
+                connection.execute(sa.insert(table).values(study_id=self.study, name=name, content=content))
+            return content if known is None else str(known)
+
+    def _append(self, connection: sa.Connection, archs: Iterable[Arch], *, state: str) -> None:
+        table = tables.candidates
+        wanted = {arch.key: arch for arch in archs}
+        if not wanted:
+            return
+        known = set(
+            connection.execute(sa.select(table.c.arch_key).where(table.c.study_id == self.study)).scalars()
+        )
+        first = len(known)
+        rows = [
+            {
+                "study_id": self.study,
+                "position": position,
+                "arch_key": arch.key,
+                "arch": arch.to_json(),
+                "state": state,
+                "begun": 0,
+            }
+            for position, arch in enumerate((a for k, a in wanted.items() if k not in known), first)
+        ]
+        if rows:
+            connection.execute(sa.insert(table), rows)
+
+    def _give_up(self, connection: sa.Connection, row: sa.Row[tuple[object, ...]]) -> None:
+        reason = (
+            f"the process that evaluated it was lost {row.begun} times, last {told(row.owner)}: it was "
+            "killed, or its machine was"
+        )
+        connection.execute(
+            sa.update(tables.candidates)
+            .where(tables.candidates.c.study_id == self.study, tables.candidates.c.position == row.position)
+            .values(state="done", owner=None, until=None)
+        )
+        self.record.add(connection, Trial(0, Arch.from_json(row.arch), {}, "failed", reason))
+
+    def _take(self, connection: sa.Connection, name: str, now: float) -> bool:
+        """Whether the lease `name` is this process's from now on."""
+        table = tables.leases
+        row = connection.execute(
+            sa.select(table).where(table.c.study_id == self.study, table.c.name == name)
+        ).first()
+        if row is not None and row.owner != self.owner and not self._is_lost(row.owner, row.until, now):
+            return False
+        if row is not None:
+            connection.execute(sa.delete(table).where(table.c.study_id == self.study, table.c.name == name))
+        until = now + self._lease_seconds
+        connection.execute(
+            sa.insert(table).values(study_id=self.study, name=name, owner=self.owner, until=until)
+        )
+        return True
+
+    def _is_lost(self, owner: str, until: float, now: float) -> bool:
+        return until < now or (owner != self.owner and self._gone(owner))
+
+    def _done(self, connection: sa.Connection) -> int:
+        table = tables.candidates
+        return int(
+            connection.execute(
+                sa.select(sa.func.count()).where(table.c.study_id == self.study, table.c.state == "done")
+            ).scalar_one()
+        )
+
+    def _count(self, connection: sa.Connection) -> int:
+        table = tables.candidates
+        return int(
+            connection.execute(sa.select(sa.func.count()).where(table.c.study_id == self.study)).scalar_one()
+        )

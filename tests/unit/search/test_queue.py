@@ -1,0 +1,185 @@
+"""Processes that share a queue: who gets what, and what becomes of the work of one that is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from nestling.search import Metrics, Problem, Trial, tables
+from nestling.search.database import Database
+from nestling.search.queue import RETRIES, Proposing, Queue, Standing, Task
+from nestling.search.record import Record, begin_study
+from nestling.space import Arch
+
+Evaluate = Callable[[Arch], Metrics]
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Together:
+    """Processes at one study, each with its own connection; `gone` are those that ended for sure."""
+
+    def __init__(self, problem: Problem, file: Path) -> None:
+        self.problem, self.file = problem, file
+        self.clock, self.gone = Clock(), set[str]()
+        self.databases: list[Database] = []
+
+    def join(self, owner: str, *, lease_seconds: float = 60.0) -> Queue:
+        database = Database(self.file, clock=self.clock)
+        self.databases.append(database)
+        begin_study(database, self.problem, "toy")
+        record = Record(self.problem, database, "toy")
+        return Queue(record, owner=owner, lease_seconds=lease_seconds, gone=self.gone.__contains__)
+
+
+@pytest.fixture
+def together(problem: Problem, file: Path) -> Iterator[Together]:
+    together = Together(problem, file)
+    yield together
+    for database in together.databases:
+        database.close()
+
+
+def outcome(arch: Arch, top1: float = 0.5) -> Trial:
+    return Trial(0, arch, {"top1": top1, "latency_ms": 1.0}, "complete")
+
+
+def task(found: Task | Proposing | Standing) -> Task:
+    assert isinstance(found, Task)
+    return found
+
+
+def test_two_processes_never_get_the_same_arch(together: Together) -> None:
+    archs = together.problem.space.spread(4)
+    first, second = together.join("a"), together.join("b")
+    first.offer(archs)
+    second.offer(archs)
+    given = [task(queue.next(100)).arch for queue in (first, second, first, second)]
+    assert given == archs
+
+
+def test_no_more_archs_are_begun_than_are_wanted(together: Together) -> None:
+    first, second = together.join("a"), together.join("b")
+    first.offer(together.problem.space.spread(4))
+    begun = task(first.next(1))
+    assert second.next(1) == Standing(done=False)
+    first.finish(begun, outcome(begun.arch))
+    assert second.next(1) == Standing(done=True)
+
+
+def test_one_process_proposes_while_the_others_wait(together: Together) -> None:
+    first, second = together.join("a"), together.join("b")
+    [arch, other, *_] = together.problem.space.spread(3)
+    first.offer([arch])
+    begun = task(first.next(9))
+    assert second.next(9) == Proposing(position=1, pending=(arch,))
+    assert together.join("c").next(9) == Standing(done=False)
+    second.propose([arch, other])
+    assert task(together.join("c").next(9)).arch == other
+    first.finish(begun, outcome(arch))
+    assert isinstance(second.next(9), Proposing)
+
+
+@pytest.mark.parametrize("how", ["silent", "gone"])
+def test_what_a_lost_process_began_is_given_to_another(together: Together, how: str) -> None:
+    first, second = together.join("a"), together.join("b")
+    [arch, *_] = together.problem.space.spread(2)
+    first.offer([arch])
+    first.next(9)
+    together.clock.now = 59.0
+    assert isinstance(second.next(9), Proposing)
+    if how == "silent":
+        together.clock.now = 61.0
+    else:
+        together.gone.add("a")
+    assert task(second.next(9)).arch == arch
+
+
+def test_a_process_that_was_lost_while_it_proposed_is_followed_by_another(together: Together) -> None:
+    first, second = together.join("a"), together.join("b")
+    turn = first.next(9)
+    assert isinstance(turn, Proposing)
+    assert second.next(9) == Standing(done=False)
+    together.clock.now = 61.0
+    assert second.next(9) == turn
+    first.propose([together.problem.space.largest])  # too late
+    second.propose([together.problem.space.smallest])
+    assert task(first.next(9)).arch == together.problem.space.smallest
+
+
+def test_a_lease_that_is_renewed_does_not_end(together: Together) -> None:
+    first, second = together.join("a"), together.join("b")
+    first.offer([together.problem.space.smallest])
+    first.next(9)
+    for minute in range(1, 5):
+        together.clock.now = 50.0 * minute
+        first.renew()
+    assert isinstance(second.next(9), Proposing)
+
+
+def test_the_first_outcome_of_an_arch_is_its_only_trial(together: Together) -> None:
+    slow, fast = together.join("a"), together.join("b")
+    slow.offer([together.problem.space.smallest])
+    begun = task(slow.next(9))
+    together.clock.now = 61.0
+    again = task(fast.next(9))
+    assert fast.finish(again, outcome(again.arch, top1=0.7))
+    assert not slow.finish(begun, outcome(begun.arch, top1=0.6))
+    assert [trial.metrics["top1"] for trial in slow.record.sync()] == [0.7]
+
+
+def test_an_arch_whose_processes_are_lost_again_and_again_fails_with_its_cause(together: Together) -> None:
+    survivor = together.join("h:1:2:3:4")
+    [deadly, harmless, *_] = together.problem.space.spread(3)
+    survivor.offer([deadly, harmless])
+    for attempt in range(1 + RETRIES):
+        owner = f"host:{attempt}:0:place:1"
+        assert task(together.join(owner).next(9)).arch == deadly
+        together.gone.add(owner)
+    assert task(survivor.next(9)).arch == harmless
+    [failed] = survivor.record.sync()
+    assert (failed.arch, failed.state) == (deadly, "failed")
+    assert failed.reason == (
+        "the process that evaluated it was lost 4 times, last process 3 on host: it was killed, or its "
+        "machine was"
+    )
+
+
+def test_what_is_given_back_counts_as_not_begun(together: Together) -> None:
+    queue = together.join("a")
+    queue.offer([together.problem.space.smallest])
+    for _ in range(RETRIES + 2):
+        assert isinstance(queue.next(9), Task)
+        queue.give_back()
+    assert isinstance(together.join("b").next(9), Task)
+
+
+def test_the_first_word_on_a_fact_holds(together: Together) -> None:
+    first, second = together.join("a"), together.join("b")
+    assert first.settle("reference", "1.5") == "1.5"
+    assert second.settle("reference", "2.5") == "1.5"
+
+
+def test_leases_are_renewed_while_work_is_done(together: Together) -> None:
+    queue = together.join("a", lease_seconds=0.04)
+    queue.offer([together.problem.space.smallest])
+    assert isinstance(queue.next(9), Task)
+    asked = sa.select(tables.candidates.c.until)
+    with queue.renewing():
+        together.clock.now = 50.0
+        until = 0.0
+        while until < 50.0:  # the test's own time limit ends this
+            with queue.database.reading() as connection:
+                until = connection.execute(asked).scalar_one()
+    assert until == 50.04
