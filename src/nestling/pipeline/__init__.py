@@ -18,10 +18,9 @@ from nestling.pipeline.stages import (
 )
 from nestling.pipeline.studies import searched
 from nestling.pipeline.training import join_ranks, train_supernet
-from nestling.pipeline.workers import end_with_input
 from nestling.profile import Measurement
 from nestling.report import ReportFiles
-from nestling.search import SearchResult, Trial
+from nestling.search import SearchResult, Trial, end_with_input
 from nestling.train.account import Spent
 from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress as TrainingProgress

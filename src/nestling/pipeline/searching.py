@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,10 +22,9 @@ from nestling.pipeline.listening import Listener
 from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.studies import Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.pipeline.workers import local_workers
 from nestling.profile import Measurement
 from nestling.run import RunError
-from nestling.search import SearchResult, Trial, agree, search, watch
+from nestling.search import SearchResult, Trial, Workers, agree, search, watch
 from nestling.space import Arch
 
 REFERENCE = "reference.json"
@@ -91,7 +92,7 @@ def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     _seeds(bench, listener)  # found once, and read by the workers
     listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
-    with local_workers(bench.run.folder, config.workers) as workers:
+    with _workers(bench) as workers:
         return watch(
             problem(bench),
             storage=place.storage,
@@ -101,6 +102,15 @@ def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
             on_trial=_telling(bench, listener),
             while_waiting=workers.check,
         )
+
+
+def _workers(bench: Workbench) -> Workers:
+    """Processes of this machine that search the run's study, each computing with its share of the cores."""
+    folder, count = bench.run.folder, bench.config.search.workers
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "nestling.cli", "worker", str(folder), "--tied"]
+    return Workers(command, count, logs=folder / "workers", environment=environment)
 
 
 def _telling(bench: Workbench, listener: Listener) -> Callable[[Trial, SearchResult], None]:

@@ -8,6 +8,7 @@ from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
 from nestling.search.study import EvaluationFailed, agree, load_result, search, watch
+from nestling.search.workers import Workers, WorkersLost, end_with_input
 
 __all__ = [
     "EvaluationFailed",
@@ -21,10 +22,13 @@ __all__ = [
     "StudyMismatch",
     "StudyUnavailable",
     "Trial",
+    "Workers",
+    "WorkersLost",
     "agree",
     "batch_size",
     "check_limits",
     "check_sampler",
+    "end_with_input",
     "hypervolume",
     "load_result",
     "make_proposer",

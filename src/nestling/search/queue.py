@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -87,77 +88,31 @@ class Queue:
         with self.database.writing() as connection:
             self._append(connection, archs, state="waiting")
 
-    def next(self, trials: int) -> Task | Proposing | Standing:
-        """What this process should do so that `trials` archs are evaluated."""
-        table = tables.candidates
-        with self.database.writing() as connection:
-            now = self.database.now(connection)
-            done = self._done(connection)
-            open_ones = connection.execute(
-                sa.select(table)
-                .where(table.c.study_id == self.study, table.c.state != "done")
-                .order_by(table.c.position)
-            ).all()
-            free, pending = [], []
-            for row in open_ones:
-                if row.state == "running" and not self._is_lost(row.owner, row.until, now):
-                    pending.append(Arch.from_json(row.arch))
-                elif row.begun > RETRIES:
-                    self._give_up(connection, row)
-                    done += 1
-                else:
-                    free.append(row)
-            if done >= trials:
-                return Standing(done=True)
-            if done + len(pending) >= trials:
-                return Standing(done=False)
-            if free:
-                first = free[0]
-                connection.execute(
-                    sa.update(table)
-                    .where(table.c.study_id == self.study, table.c.position == first.position)
-                    .values(
-                        state="running",
-                        owner=self.owner,
-                        until=now + self._lease_seconds,
-                        begun=first.begun + 1,
-                    )
-                )
-                return Task(first.position, Arch.from_json(first.arch))
-            if not self._take(connection, PROPOSING, now):
-                return Standing(done=False)
-            return Proposing(self._count(connection), tuple(pending))
+    def next(
+        self,
+        trials: int,
+        *,
+        outcome: tuple[Task, Trial] | None = None,
+        proposals: Iterable[Arch] | None = None,
+    ) -> Task | Proposing | Standing:
+        """What this process should do now so that `trials` archs are evaluated.
 
-    def propose(self, archs: Iterable[Arch]) -> None:
-        """Appends what this process proposes, and ends its turn; too late, it changes nothing."""
-        leases = tables.leases
-        with self.database.writing() as connection:
-            ended = connection.execute(
-                sa.delete(leases).where(
-                    leases.c.study_id == self.study,
-                    leases.c.name == PROPOSING,
-                    leases.c.owner == self.owner,
-                )
-            )
-            if ended.rowcount:
-                self._append(connection, archs, state="waiting")
+        All of it is one transaction, after which the record has every trial that there is.
 
-    def finish(self, task: Task, trial: Trial) -> bool:
-        """Whether `trial` is now the outcome of `task`: another process may have handed one in before."""
-        table = tables.candidates
+        Args:
+            trials: how many different archs, those of before included.
+            outcome: what became of the last task, which is handed in first.
+            proposals: what this process proposes, where that was its turn.
+        """
         with self.database.writing() as connection:
-            updated = connection.execute(
-                sa.update(table)
-                .where(
-                    table.c.study_id == self.study,
-                    table.c.position == task.position,
-                    table.c.state != "done",
-                )
-                .values(state="done", owner=None, until=None)
-            )
-            if updated.rowcount:
-                self.record.add(connection, trial)
-            return bool(updated.rowcount)
+            if outcome is not None:
+                self._hand_in(connection, *outcome)
+            if proposals is not None and self._end_turn(connection):
+                self._append(connection, proposals, state="waiting")
+            todo = self._todo(connection, trials)
+            new = self.record.new(connection)
+        self.record.trials += new
+        return todo
 
     def give_back(self) -> None:
         """Leaves what this process has begun to others, as if it had not been begun."""
@@ -213,6 +168,60 @@ class Queue:
                 connection.execute(sa.insert(table).values(study_id=self.study, name=name, content=content))
             return content if known is None else str(known)
 
+    def _todo(self, connection: sa.Connection, trials: int) -> Task | Proposing | Standing:
+        now = self.database.now(connection)
+        done = self._count(connection, tables.candidates.c.state == "done")
+        free, pending = [], []
+        for row in self._open(connection):
+            if row.state == "running" and not self._is_lost(row.owner, row.until, now):
+                pending.append(Arch.from_json(row.arch))
+            elif row.begun > RETRIES:
+                self._give_up(connection, row)
+                done += 1
+            else:
+                free.append(row)
+        if done >= trials:
+            return Standing(done=True)
+        if done + len(pending) >= trials:
+            return Standing(done=False)
+        if free:
+            first, until = free[0], now + self._lease_seconds
+            self._update(
+                connection,
+                first.position,
+                state="running",
+                owner=self.owner,
+                until=until,
+                begun=first.begun + 1,
+            )
+            return Task(first.position, Arch.from_json(first.arch))
+        if not self._take(connection, PROPOSING, now):
+            return Standing(done=False)
+        return Proposing(self._count(connection), tuple(pending))
+
+    def _hand_in(self, connection: sa.Connection, task: Task, trial: Trial) -> None:
+        """Makes `trial` the outcome of `task`, unless another process has handed one in before."""
+        if self._update(connection, task.position, state="done", owner=None, until=None):
+            self.record.add(connection, trial)
+
+    def _end_turn(self, connection: sa.Connection) -> bool:
+        """Ends this process's turn to propose: whether it was still its own."""
+        table = tables.leases
+        mine = sa.and_(table.c.study_id == self.study, table.c.name == PROPOSING, table.c.owner == self.owner)
+        return bool(connection.execute(sa.delete(table).where(mine)).rowcount)
+
+    def _open(self, connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+        """The candidates that are not done, in order."""
+        table = tables.candidates
+        mine = sa.and_(table.c.study_id == self.study, table.c.state != "done")
+        return connection.execute(sa.select(table).where(mine).order_by(table.c.position)).all()
+
+    def _update(self, connection: sa.Connection, position: int, **values: Any) -> bool:
+        """Sets columns of the candidate at `position`, unless it is done: whether it was not."""
+        table = tables.candidates
+        one = sa.and_(table.c.study_id == self.study, table.c.position == position, table.c.state != "done")
+        return bool(connection.execute(sa.update(table).where(one).values(**values)).rowcount)
+
     def _append(self, connection: sa.Connection, archs: Iterable[Arch], *, state: str) -> None:
         table = tables.candidates
         wanted = {arch.key: arch for arch in archs}
@@ -236,17 +245,13 @@ class Queue:
         if rows:
             connection.execute(sa.insert(table), rows)
 
-    def _give_up(self, connection: sa.Connection, row: sa.Row[tuple[object, ...]]) -> None:
+    def _give_up(self, connection: sa.Connection, row: sa.Row[Any]) -> None:
         reason = (
             f"the process that evaluated it was lost {row.begun} times, last {told(row.owner)}: it was "
             "killed, or its machine was"
         )
-        connection.execute(
-            sa.update(tables.candidates)
-            .where(tables.candidates.c.study_id == self.study, tables.candidates.c.position == row.position)
-            .values(state="done", owner=None, until=None)
-        )
-        self.record.add(connection, Trial(0, Arch.from_json(row.arch), {}, "failed", reason))
+        lost = Trial(0, Arch.from_json(row.arch), {}, "failed", reason)
+        self._hand_in(connection, Task(row.position, lost.arch), lost)
 
     def _take(self, connection: sa.Connection, name: str, now: float) -> bool:
         """Whether the lease `name` is this process's from now on."""
@@ -267,16 +272,7 @@ class Queue:
     def _is_lost(self, owner: str, until: float, now: float) -> bool:
         return until < now or (owner != self.owner and self._gone(owner))
 
-    def _done(self, connection: sa.Connection) -> int:
-        table = tables.candidates
-        return int(
-            connection.execute(
-                sa.select(sa.func.count()).where(table.c.study_id == self.study, table.c.state == "done")
-            ).scalar_one()
-        )
-
-    def _count(self, connection: sa.Connection) -> int:
-        table = tables.candidates
-        return int(
-            connection.execute(sa.select(sa.func.count()).where(table.c.study_id == self.study)).scalar_one()
-        )
+    def _count(self, connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> int:
+        """How many candidates there are, or how many that meet the conditions."""
+        mine = tables.candidates.c.study_id == self.study
+        return int(connection.execute(sa.select(sa.func.count()).where(mine, *conditions)).scalar_one())

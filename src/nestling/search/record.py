@@ -65,7 +65,7 @@ class Record:
             StudyMismatch: a trial was not written by a search of Nestling.
         """
         with self.database.reading() as connection:
-            new = self._new(connection)
+            new = self.new(connection)
         self.trials += new
         return new
 
@@ -78,7 +78,8 @@ class Record:
         tables.insert_trial(connection, self.study, self.problem, numbered)
         return numbered
 
-    def _new(self, connection: sa.Connection) -> list[Trial]:
+    def new(self, connection: sa.Connection) -> list[Trial]:
+        """The trials that are in the database and not yet in `trials`, as part of a transaction."""
         return read_trials(
             connection, self.study, first=len(self.trials), where=str(self.database), study_name=self.name
         )

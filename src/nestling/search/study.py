@@ -18,7 +18,7 @@ from pathlib import Path
 from nestling.search.database import Database, StudyUnavailable
 from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.proposing import Proposer, make_proposer
-from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Standing, Task
+from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
 from nestling.search.record import Record, begin_study, read_record
 from nestling.search.result import SearchResult, Trial
 from nestling.space import Arch
@@ -85,28 +85,27 @@ def search(
     proposer = make_proposer(strategy, problem, population=population)
     wanted = min(trials, problem.space.size)
 
-    def tell(record: Record) -> None:
-        for trial in record.sync():
-            if on_trial is not None:
-                on_trial(trial, record.result)
-            if trial.arch == problem.space.smallest:
-                check_smallest(problem, record.trials)
-
     with open_queue(problem, storage, name, about=about, lease_seconds=lease_seconds) as queue:
         record = queue.record
+        told = len(record.trials)
         check_smallest(problem, record.trials)
         queue.offer(_first_archs(problem, warm_start, seeds))
         with queue.renewing():
-            while (todo := queue.next(wanted)) != Standing(done=True):
-                tell(record)
+            todo = queue.next(wanted)
+            while True:
+                told = _tell(record, told, on_trial)
+                check_smallest(problem, record.trials)
                 if isinstance(todo, Task):
-                    queue.finish(todo, _evaluate(problem, evaluate, todo.arch, clock=clock))
+                    outcome = _evaluate(problem, evaluate, todo.arch, clock=clock)
+                    todo = queue.next(wanted, outcome=(todo, outcome))
                 elif isinstance(todo, Proposing):
-                    queue.propose(_proposals(proposer, record.result, todo, batch=batch, seed=seed))
+                    proposals = _proposals(proposer, record.result, todo, batch=batch, seed=seed)
+                    todo = queue.next(wanted, proposals=proposals)
+                elif todo.done:
+                    return record.result
                 else:
                     time.sleep(POLL_SECONDS)
-        tell(record)
-        return record.result
+                    todo = queue.next(wanted)
 
 
 def watch(
@@ -134,10 +133,12 @@ def watch(
         record = queue.record
         check_smallest(problem, record.trials)
 
+        told = len(record.trials)
+
         def look() -> int:
-            for trial in record.sync():
-                if on_trial is not None:
-                    on_trial(trial, record.result)
+            nonlocal told
+            record.sync()
+            told = _tell(record, told, on_trial)
             check_smallest(problem, record.trials)
             return len(record.result.complete) + len(record.result.failed)
 
@@ -208,6 +209,14 @@ def check_smallest(problem: Problem, trials: Sequence[Trial]) -> None:
     found = next((trial for trial in trials if trial.state == "complete" and trial.arch == smallest), None)
     if found is not None:
         check_limits(problem, smallest=found.metrics)
+
+
+def _tell(record: Record, told: int, on_trial: Callable[[Trial, SearchResult], None] | None) -> int:
+    """Calls `on_trial` for the trials after the first `told`: how many there are."""
+    if on_trial is not None:
+        for trial in record.trials[told:]:
+            on_trial(trial, record.result)
+    return len(record.trials)
 
 
 def _first_archs(problem: Problem, warm_start: int, seeds: Sequence[Arch]) -> list[Arch]:

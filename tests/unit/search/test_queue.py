@@ -74,7 +74,7 @@ def test_no_more_archs_are_begun_than_are_wanted(together: Together) -> None:
     first.offer(together.problem.space.spread(4))
     begun = task(first.next(1))
     assert second.next(1) == Standing(done=False)
-    first.finish(begun, outcome(begun.arch))
+    assert first.next(1, outcome=(begun, outcome(begun.arch))) == Standing(done=True)
     assert second.next(1) == Standing(done=True)
 
 
@@ -85,10 +85,8 @@ def test_one_process_proposes_while_the_others_wait(together: Together) -> None:
     begun = task(first.next(9))
     assert second.next(9) == Proposing(position=1, pending=(arch,))
     assert together.join("c").next(9) == Standing(done=False)
-    second.propose([arch, other])
-    assert task(together.join("c").next(9)).arch == other
-    first.finish(begun, outcome(arch))
-    assert isinstance(second.next(9), Proposing)
+    assert task(second.next(9, proposals=[arch, other])).arch == other
+    assert first.next(9, outcome=(begun, outcome(arch))) == Proposing(position=2, pending=(other,))
 
 
 @pytest.mark.parametrize("how", ["silent", "gone"])
@@ -113,9 +111,10 @@ def test_a_process_that_was_lost_while_it_proposed_is_followed_by_another(togeth
     assert second.next(9) == Standing(done=False)
     together.clock.now = 61.0
     assert second.next(9) == turn
-    first.propose([together.problem.space.largest])  # too late
-    second.propose([together.problem.space.smallest])
-    assert task(first.next(9)).arch == together.problem.space.smallest
+    late = first.next(9, proposals=[together.problem.space.largest])
+    assert late == Standing(done=False)
+    found = second.next(9, proposals=[together.problem.space.smallest])
+    assert task(found).arch == together.problem.space.smallest
 
 
 def test_a_lease_that_is_renewed_does_not_end(together: Together) -> None:
@@ -134,9 +133,9 @@ def test_the_first_outcome_of_an_arch_is_its_only_trial(together: Together) -> N
     begun = task(slow.next(9))
     together.clock.now = 61.0
     again = task(fast.next(9))
-    assert fast.finish(again, outcome(again.arch, top1=0.7))
-    assert not slow.finish(begun, outcome(begun.arch, top1=0.6))
-    assert [trial.metrics["top1"] for trial in slow.record.sync()] == [0.7]
+    fast.next(9, outcome=(again, outcome(again.arch, top1=0.7)))
+    slow.next(9, outcome=(begun, outcome(begun.arch, top1=0.6)))
+    assert [trial.metrics["top1"] for trial in slow.record.trials] == [0.7]
 
 
 def test_an_arch_whose_processes_are_lost_again_and_again_fails_with_its_cause(together: Together) -> None:
@@ -148,7 +147,7 @@ def test_an_arch_whose_processes_are_lost_again_and_again_fails_with_its_cause(t
         assert task(together.join(owner).next(9)).arch == deadly
         together.gone.add(owner)
     assert task(survivor.next(9)).arch == harmless
-    [failed] = survivor.record.sync()
+    [failed] = survivor.record.trials
     assert (failed.arch, failed.state) == (deadly, "failed")
     assert failed.reason == (
         "the process that evaluated it was lost 4 times, last process 3 on host: it was killed, or its "

@@ -31,13 +31,13 @@ def fill(file: Path, problem: Problem, outcomes: list[tuple[Arch, Metrics]]) -> 
     """What the file holds after these outcomes were recorded in it; an arch without metrics has failed."""
     with open_queue(problem, file, "toy") as queue:
         queue.offer([arch for arch, _ in outcomes])
+        task = queue.next(1000)
         for arch, metrics in outcomes:
-            task = queue.next(1000)
             assert isinstance(task, Task)
             assert task.arch == arch
             state: Literal["complete", "failed"] = "complete" if metrics else "failed"
-            assert queue.finish(task, Trial(0, arch, metrics, state, "" if metrics else "no reason", 0.5))
-        queue.record.sync()
+            told = Trial(0, arch, metrics, state, "" if metrics else "no reason", 0.5)
+            task = queue.next(1000, outcome=(task, told))
         return queue.record.trials
 
 

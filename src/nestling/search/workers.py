@@ -1,4 +1,4 @@
-"""Workers: processes of this machine that search a run's study together, and what watches over them."""
+"""Workers: processes of this machine that search a study together, and what watches over them."""
 
 from __future__ import annotations
 
@@ -101,17 +101,6 @@ class Workers:
     def _last_words(self, number: int) -> str:
         lines = self._log(number).read_text(errors="replace").strip().splitlines()
         return f"{lines[-1].removeprefix('error: ') if lines else 'it said nothing'} ({self._log(number)})"
-
-
-def local_workers(folder: Path, count: int) -> Workers:
-    """The `count` processes of this machine that search the study of the run in `folder`.
-
-    Each computes with its share of the cores.
-    """
-    threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "nestling.cli", "worker", str(folder), "--tied"]
-    return Workers(command, count, logs=folder / "workers", environment=environment)
 
 
 def end_with_input() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.pipeline.workers import RESTARTS, Workers, WorkersLost
+from nestling.search.workers import RESTARTS, Workers, WorkersLost
 
 UNTIL_INPUT_ENDS = "import os; open(f'{os.getpid()}.pid', 'w').close(); os.read(0, 1)"
 TIED = """
