@@ -36,6 +36,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/timm_sweep.py
 	$(BIN)/python benchmarks/convert_sweep.py
 	$(BIN)/python benchmarks/search_efficiency.py
+	$(BIN)/python benchmarks/search_overhead.py
+	$(BIN)/python benchmarks/search_workers.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

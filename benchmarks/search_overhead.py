@@ -1,5 +1,8 @@
 """What a search costs beside evaluating: proposing candidates, leasing and recording them.
 
+Claim: at 1,000 trials, 60 choices and 3 objectives at most 100 ms for a candidate, of which recording takes
+at most 50.
+
 A toy of 60 choices with 3 objectives and a limit, whose evaluation takes no time, is searched to 1,000 trials
 by the real `search()`. Of the last candidates the wall and the processor time from the end of one evaluation
 to the beginning of the next are taken: recording the trial with its 60 parameters in one transaction, leasing
@@ -137,9 +140,9 @@ def measure(options: argparse.Namespace) -> Figures:
 def misses(figures: Figures) -> list[str]:
     found = []
     for place, told in figures["places"].items():
-        if told["total_ms"] > LIMIT_MS:
+        if not told["total_ms"] <= LIMIT_MS:
             found.append(f"{place}: {told['total_ms']:.0f} ms a candidate, at most {LIMIT_MS:.0f} were to be")
-        if told["recording_ms"] > RECORDING_MS:
+        if not told["recording_ms"] <= RECORDING_MS:
             found.append(
                 f"{place}: {told['recording_ms']:.0f} ms to record, at most {RECORDING_MS:.0f} were to be"
             )

@@ -35,8 +35,8 @@ from nestling.train.strategies import Visit
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "joint_search", "kill_resume",
-    "lending_overhead", "qat", "quant_parity", "quant_speed", "sorted_net", "strategies", "timm_sweep",
-    "train_step", "training_speed", "verify_export",
+    "lending_overhead", "qat", "quant_parity", "quant_speed", "search_overhead", "search_workers",
+    "sorted_net", "strategies", "timm_sweep", "train_step", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -148,6 +148,20 @@ def good_figures(name: str) -> dict[str, Any]:
         medians = {"built in the step": 1.2, "averaged": 1.01, "curriculum": 0.7}
         ratios = {each: {"median": median} for each, median in medians.items()}
         return {"ratios": ratios, "curriculum_pixels": 0.65}
+    if name == "search_overhead":
+        told_ms = {"total_ms": 60.0, "total_processor_ms": 9.0, "proposing_ms": 30.0, "recording_ms": 20.0}
+        return {
+            "settings": {"trials": 1000, "choices": 60, "objectives": 3, "batch": 8}, "strategy": "random",
+            "places": {"SQLite": told_ms, "PostgreSQL": dict(told_ms)}, "optuna_adds_one_ms": 200.0,
+        }  # fmt: skip
+    if name == "search_workers":
+        campaign = {"killed": {"controller": 1, "worker": 2}, "wanted": 9, "evaluated": 9, "outlived": 0}
+        campaign |= {"lost_or_changed": 0, "doubled": 0, "left_running": 0, "given_up": 0}
+        place = {"speedup": 1.9, "campaigns": [campaign, copy.deepcopy(campaign)]}
+        return {
+            "settings": {"workers": 2, "kills": 6},
+            "places": {"SQLite": place, "PostgreSQL": copy.deepcopy(place)},
+        }
     if name == "sorted_net":
         sizes = [{"macs": 10 * 2**index, "params": 5 * 2**index} for index in range(3)]
         row = {"top1": [0.76, 0.79, 0.80], "alone": {"largest": 0.80}}
@@ -236,6 +250,17 @@ BAD: list[tuple[str, Edit]] = [
     ("train_step", change_step("AttentiveNAS", "128", "nestling / elastic", to=float("nan"))),
     ("training_speed", change("ratios", "averaged", "median", to=1.06)),
     ("training_speed", change("ratios", "curriculum", "median", to=float("nan"))),
+    ("search_overhead", change("places", "SQLite", "total_ms", to=101.0)),
+    ("search_overhead", change("places", "PostgreSQL", "recording_ms", to=51.0)),
+    ("search_overhead", change("places", "SQLite", "total_ms", to=float("nan"))),
+    ("search_workers", change("places", "SQLite", "speedup", to=1.69)),
+    ("search_workers", change("places", "PostgreSQL", "speedup", to=float("nan"))),
+    ("search_workers", change("places", "SQLite", "campaigns", 1, "lost_or_changed", to=1)),
+    ("search_workers", change("places", "SQLite", "campaigns", 0, "doubled", to=1)),
+    ("search_workers", change("places", "PostgreSQL", "campaigns", 0, "left_running", to=1)),
+    ("search_workers", change("places", "SQLite", "campaigns", 0, "outlived", to=1)),
+    ("search_workers", change("places", "SQLite", "campaigns", 0, "evaluated", to=8)),
+    ("search_workers", change("places", "SQLite", "campaigns", 0, "killed", "worker", to=1)),
     ("sorted_net", change("seeds", 0, "top1", to=[0.70, 0.76, 0.80])),
     ("sorted_net", change("seeds", 0, "alone", "largest", to=0.85)),
     ("sorted_net", change("seeds", 1, "top1", to=[0.8, 0.8, float("nan")])),
