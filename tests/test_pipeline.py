@@ -20,7 +20,7 @@ from nestling.config import ConfigError, RunConfig, load_config
 from nestling.models.families import family as family_of
 from nestling.pipeline.studies import problem
 from nestling.run import RunError
-from nestling.search import load_result
+from nestling.search import InfeasibleLimit, load_result
 from nestling.space import SpaceError, load_space
 
 TOY = Path(__file__).parent / "toy.toml"
@@ -418,3 +418,61 @@ def test_a_space_that_lends_wrongly_is_refused_before_training(
     changed = _with_space(config, tmp_path / "space.toml", content)
     with pytest.raises((ConfigError, SpaceError), match=message):
         pipeline.prepare(changed, tmp_path / "run", listener=pipeline.Silent())
+
+
+def test_a_budget_that_is_asked_for_later_picks_the_best_of_what_was_tried(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    tried = load_result(problem(pipeline.open_run(run)), storage=run / "study.db", name="nestling").complete
+    costs = sorted(trial.metrics["mmacs"] for trial in tried)
+    overrides = pipeline.limit_overrides(at_most=[f"mmacs={costs[len(costs) // 2]!r}"], at_least=[])
+    bench, listener = pipeline.open_run(run, overrides=overrides), Listening()
+    result = pipeline.search_supernet(bench, listener=listener)
+    card = pipeline.export_best(bench, listener=listener)
+    bench.close()
+    assert listener.trials == 0
+    assert listener.notes[:2] == [
+        "8 candidates of before are judged by the limits that are given now",
+        "all 8 candidates were evaluated under other limits; `--set search.trials=16` looks for more under "
+        "these",
+    ]
+    kept = [trial for trial in tried if trial.metrics["mmacs"] <= costs[len(costs) // 2]]
+    assert result.best is not None
+    assert result.best.metrics["top1"] == max(trial.metrics["top1"] for trial in kept)
+    assert card["arch_key"] == result.best.arch.key
+    assert (run / "exports" / card["name"] / "model.onnx").exists()
+    again = pipeline.open_run(run)
+    assert problem(again).limits == result.problem.limits
+    impossible = pipeline.limit_overrides(at_most=[], at_least=["top1=0.999"])
+    bench = pipeline.open_run(run, overrides=impossible)
+    pipeline.search_supernet(bench, listener=listener)
+    with pytest.raises(RunError, match=r"limits: no network tried so far keeps top1 at least 0.999"):
+        pipeline.export_best(bench, listener=listener)
+    bench.close()
+
+
+def test_a_budget_below_the_smallest_network_is_refused_before_anything_is_evaluated(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    bench = pipeline.open_run(run, overrides=["search.limits.mmacs=0.001", "search.trials=12"])
+    with pytest.raises(InfeasibleLimit, match=r"mmacs at most 0.001: the smallest one"):
+        pipeline.search_supernet(bench, listener=pipeline.Silent())
+    with pytest.raises(ConfigError, match=r"--at-least top1=0\.9 is meant"):
+        pipeline.limit_overrides(at_most=["top1=0.9"], at_least=[])
+
+
+@pytest.mark.timeout(600)  # starts three processes that import PyTorch
+def test_workers_of_the_command_line_go_on_with_a_search(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    reference = (run / "reference.json").read_text()
+    bench = pipeline.open_run(run, overrides=["search.workers=2", "search.trials=10"])
+    listener = Listening()
+    result = pipeline.search_supernet(bench, listener=listener)
+    bench.close()
+    archs = [trial.arch for trial in result.complete]
+    assert len(archs) == len(set(archs)) == 10
+    assert listener.trials == 2
+    assert (run / "reference.json").read_text() == reference
+    assert all(set(trial.metrics) == set(result.complete[0].metrics) for trial in result.complete)

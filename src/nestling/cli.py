@@ -145,15 +145,27 @@ def search(
         typer.Option(min=1, help="Processes of this machine that evaluate candidates. [default: 1]"),
     ] = None,
     study: Study = None,
+    at_most: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=BOUND", help="A limit on a cost, such as latency_ms=5."),
+    ] = None,
+    at_least: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC=BOUND", help="A limit on accuracy, such as top1=0.9.")
+    ] = None,
     set_: Overrides = None,
     resume: Resume = False,
 ) -> None:
-    """Search the trained supernet; continues where it was stopped. `--set search.trials=200` extends it."""
+    """Search the trained supernet; continues where it was stopped. `--set search.trials=200` extends it.
+
+    With limits, which take the place of those on the same metrics, the best network that keeps them all is
+    handed over; candidates of before are judged anew, and not evaluated again.
+    """
     _check_run(folder)
     from nestling import console, pipeline
 
     asked = {"search.workers": workers, "search.study": study}
     overrides = [f"{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
+    overrides += pipeline.limit_overrides(at_most=at_most or (), at_least=at_least or ())
     bench = pipeline.open_run(folder, overrides=[*overrides, *(set_ or ())])
     try:
         if resume and not pipeline.searched(bench).trials:
@@ -162,9 +174,13 @@ def search(
             raise RunError(f"{folder} was not searched yet; leave --resume out")
         with console.display() as listener:
             result = pipeline.search_supernet(bench, listener=listener)
+            limited = at_most or at_least
+            best = pipeline.export_best(bench, listener=listener) if limited else None
     finally:
         bench.close()
     console.print_trials(result)
+    if best is not None:
+        console.print_best(best, result, folder)
     console.print_next(f"nestling export {folder}")
 
 

@@ -246,7 +246,7 @@ class SearchConfig(Part):
     @field_validator("study")
     @classmethod
     def _without_password(cls, given: str | None) -> str | None:
-        if given is not None and re.match(r"[^/@]*://[^/@]*:[^/@]*@", given):
+        if given is not None and re.search(r"^[^/@]*://[^/@]*:[^/@]*@|[?&]password=", given):
             raise ValueError(
                 "a password would be written to the run's folder; leave it out, and put it into ~/.pgpass or "
                 "PGPASSWORD"

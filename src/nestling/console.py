@@ -188,6 +188,26 @@ def print_members(members: Sequence[Mapping[str, Any]]) -> None:
     _wide().print(table)
 
 
+def print_best(card: Mapping[str, Any], result: SearchResult, folder: Path) -> None:
+    """The best network that keeps the limits, as the search found it and as its file was measured again."""
+    limits, best = result.problem.limits, result.best
+    low, high = card["test_top1_interval"]
+    again = f"top-1 {card['test_top1']:.2%} ({low:.1%}-{high:.1%}) on {card['test_total']:,} test images"
+    if card["latency_ms"] is not None:
+        low, high = card["latency_interval_ms"]
+        again += f", {card['latency_ms']:.4g} ms ({low:.4g}-{high:.4g})"
+        again += ", unstable: the machine was busy" if card["unstable"] else ""
+    found = ", ".join(f"{limit.metric} {best.metrics[limit.metric]:.4g}" for limit in limits if best)
+    console = Console()
+    for line in (
+        f"the best network with {' and '.join(map(str, limits))} on {card['device']}: {card['name']}",
+        f"  in the search: {found}",
+        f"  measured again, with 95 % intervals: {again}",
+        f"  {folder / 'exports' / card['name'] / card['file']}",
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def print_finetuned(card: Mapping[str, Any], *, as_json: bool) -> None:
     """A fine-tuned network's accuracy before and after, and what was handed over."""
     if as_json:

@@ -148,6 +148,22 @@ def test_a_space_is_found_beside_the_configuration_before_the_working_folder(
         load_config(path, overrides=["space=none.toml"])
 
 
+def test_no_password_of_a_study_is_kept() -> None:
+    config = RunConfig(name="x", space="x.toml")
+    for url in ("postgresql://me@board:5433/nas", "postgresql://me@/nas?host=/tmp/a:b@c", "shared/study.db"):
+        assert override_config(config, [f'search.study="{url}"']).search.study == url
+    for url in ("postgresql://me:secret@board/nas", "postgresql://board/nas?user=me&password=secret"):
+        with pytest.raises(ConfigError, match=r"search.study: .*leave it out, and put it into ~/.pgpass"):
+            override_config(config, [f'search.study="{url}"'])
+
+
+def test_a_run_from_when_strategies_were_called_samplers_can_be_read() -> None:
+    content = RunConfig(name="x", space="x.toml").model_dump()
+    del content["search"]["strategy"]
+    content["search"]["sampler"] = "TPESampler"
+    assert parse_config(content, origin="x").search.strategy == "TPESampler"
+
+
 def test_a_configuration_is_overridden_and_a_slip_named() -> None:
     config = RunConfig(name="x", space="x.toml")
     assert override_config(config, ["search.trials=7"]).search.trials == 7

@@ -10,13 +10,14 @@ from nestling.pipeline.precisions import table_facts
 from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.stages import (
     export_arch,
+    export_best,
     export_front,
     make_report,
     open_run,
     prepare,
     run_all,
 )
-from nestling.pipeline.studies import searched
+from nestling.pipeline.studies import limit_overrides, searched
 from nestling.pipeline.training import join_ranks, train_supernet
 from nestling.profile import Measurement
 from nestling.report import ReportFiles
@@ -40,11 +41,13 @@ __all__ = [
     "end_with_input",
     "evaluate_supernet",
     "export_arch",
+    "export_best",
     "export_front",
     "find_arch",
     "finetune",
     "join_ranks",
     "join_search",
+    "limit_overrides",
     "make_report",
     "open_run",
     "prepare",

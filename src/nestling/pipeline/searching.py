@@ -24,7 +24,16 @@ from nestling.pipeline.studies import Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
 from nestling.run import RunError
-from nestling.search import SearchResult, Trial, Workers, agree, search, watch
+from nestling.search import (
+    SearchResult,
+    Trial,
+    Workers,
+    agree,
+    change_limits,
+    check_limits,
+    search,
+    watch,
+)
 from nestling.space import Arch
 
 REFERENCE = "reference.json"
@@ -44,9 +53,19 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     """
     listener.stage("search")
     bench.check_trained()
+    asked, place = problem(bench), study_place(bench)
+    check_limits(asked, smallest={"mmacs": bench.macs(bench.space.smallest) / 1e6})
+    judged = change_limits(asked, storage=place.storage, name=place.name)
+    if judged:
+        listener.note(f"{judged} candidates of before are judged by the limits that are given now")
     with bench.timed("search"):
         alone = bench.config.search.workers == 1
-        result = (_search if alone else _watch)(bench, study_place(bench), listener)
+        result = (_search if alone else _watch)(bench, place, listener)
+    if judged >= bench.config.search.trials:
+        listener.note(
+            f"all {judged} candidates were evaluated under other limits; "
+            f"`--set search.trials={2 * judged}` looks for more under these"
+        )
     for told in result.unmet:
         listener.note(told)
     front = {trial.arch.key for trial in result.front}

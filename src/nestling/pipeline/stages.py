@@ -189,6 +189,24 @@ def export_arch(bench: Workbench, arch: Arch, *, listener: Listener) -> dict[str
     return write_member(bench, arch, name=arch.key, searched=next(found, {}))
 
 
+def export_best(bench: Workbench, *, listener: Listener) -> dict[str, Any]:
+    """The best network that keeps the run's limits, handed over; its figures.
+
+    Of the candidates that were tried it is the best in the first objective.
+
+    Raises:
+        RunError: no candidate keeps the limits.
+    """
+    result = searched(bench)
+    if result.best is None:
+        told = "; ".join(result.unmet) or "each limit is kept by some network, all together by none"
+        raise RunError(
+            f"no candidate of {bench.run.folder} keeps the limits: {told}; loosen them, or search more with "
+            f"--set search.trials={2 * bench.config.search.trials}"
+        )
+    return export_arch(bench, result.best.arch, listener=listener)
+
+
 def make_report(bench: Workbench, *, listener: Listener) -> ReportFiles:
     """The run's report, from what the run has so far."""
     listener.stage("report")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestling.config import ConfigError
 from nestling.pipeline.workbench import Workbench
-from nestling.search import Problem, SearchResult, load_result
+from nestling.search import Problem, SearchResult, load_result, parse_limits
 
 STUDY = "nestling"
 
@@ -50,6 +52,19 @@ def searched(bench: Workbench) -> SearchResult:
     """
     place = study_place(bench)
     return load_result(problem(bench), storage=place.storage, name=place.name)
+
+
+def limit_overrides(*, at_most: Sequence[str], at_least: Sequence[str]) -> list[str]:
+    """Overrides of the configuration for limits such as `latency_ms=5`.
+
+    Raises:
+        ConfigError: one that cannot be used.
+    """
+    try:
+        limits = parse_limits(at_most=at_most, at_least=at_least)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return [f"search.limits.{metric}={bound!r}" for metric, bound in limits.items()]
 
 
 def about(bench: Workbench) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from nestling.search.database import StudyMismatch, StudyUnavailable
 from nestling.search.guided import batch_size
+from nestling.search.limits import change_limits, parse_limits
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
 from nestling.search.pareto import hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
@@ -26,6 +27,7 @@ __all__ = [
     "WorkersLost",
     "agree",
     "batch_size",
+    "change_limits",
     "check_limits",
     "check_sampler",
     "end_with_input",
@@ -34,6 +36,7 @@ __all__ = [
     "make_proposer",
     "make_sampler",
     "nondominated",
+    "parse_limits",
     "search",
     "spread_along_front",
     "watch",

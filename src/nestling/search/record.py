@@ -42,15 +42,16 @@ class Record:
         self.problem, self.database, self.name = problem, database, name
         self.trials: list[Trial] = []
         with database.reading() as connection:
-            found = _find(connection, name)
+            found = find_study(connection, name)
         if found is None:
             begin_study(database, problem, name)
             with database.reading() as connection:
-                found = _find(connection, name)
+                found = find_study(connection, name)
             assert found is not None
         self.study = found
         with database.writing() as connection:
             _check_problem(connection, self.study, problem, about or {}, where=str(database), name=name)
+            self._begun_with = self._problem(connection)
         self.sync()
 
     @property
@@ -70,7 +71,15 @@ class Record:
         return new
 
     def add(self, connection: sa.Connection, trial: Trial) -> Trial:
-        """`trial` with the number under which it is now written, as part of a writing transaction."""
+        """`trial` with the number under which it is now written, as part of a writing transaction.
+
+        Raises:
+            StudyMismatch: the study was given other limits meanwhile.
+        """
+        if self._problem(connection) != self._begun_with:
+            raise StudyMismatch(
+                f"{self.database}: the study {self.name!r} was given other limits meanwhile; start again"
+            )
         count = connection.execute(
             sa.select(sa.func.count()).where(tables.trials.c.study_id == self.study)
         ).scalar_one()
@@ -83,6 +92,11 @@ class Record:
         return read_trials(
             connection, self.study, first=len(self.trials), where=str(self.database), study_name=self.name
         )
+
+    def _problem(self, connection: sa.Connection) -> str:
+        table = tables.study_attributes
+        here = sa.and_(table.c.study_id == self.study, table.c.key == "problem")
+        return str(connection.execute(sa.select(table.c.value_json).where(here)).scalar_one())
 
 
 def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
@@ -100,7 +114,7 @@ def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
         with database.reading() as connection:
             if not sa.inspect(connection).has_table(tables.studies.name):
                 return SearchResult(problem, ())
-            study = _find(connection, name)
+            study = find_study(connection, name)
             if study is None:
                 return SearchResult(problem, ())
             _check_problem(connection, study, problem, {}, where=str(database), name=name, begins=False)
@@ -113,7 +127,7 @@ def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
 def begin_study(database: Database, problem: Problem, name: str) -> None:
     """Makes the empty study `name` where there is none; Optuna's tables are there."""
     with database.writing() as connection:
-        if _find(connection, name) is not None:
+        if find_study(connection, name) is not None:
             return
         study = connection.execute(
             sa.insert(tables.studies).values(study_name=name).returning(tables.studies.c.study_id)
@@ -180,7 +194,8 @@ def _trial(number: int, content: Mapping[str, Any]) -> Trial:
     )
 
 
-def _find(connection: sa.Connection, name: str) -> int | None:
+def find_study(connection: sa.Connection, name: str) -> int | None:
+    """The study's number in Optuna's tables; None where there is none of that name."""
     studies = tables.studies
     found = connection.execute(sa.select(studies.c.study_id).where(studies.c.study_name == name)).scalar()
     return None if found is None else int(found)

@@ -64,6 +64,11 @@ class SearchResult:
         return tuple(sentences)
 
     @cached_property
+    def best(self) -> Trial | None:
+        """The trial that is best in the first objective of those that keep all limits; None without any."""
+        return min(self.front, key=lambda trial: self.problem.losses(trial.metrics), default=None)
+
+    @cached_property
     def front(self) -> tuple[Trial, ...]:
         """The complete trials that keep all limits and that none such beats, from cheapest to dearest."""
         kept = [trial for trial in self.complete if self.problem.feasible(trial.metrics)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,8 @@ from nestling.search.objectives import Problem
 from nestling.search.result import Trial
 from nestling.space import Choice
 
+CONSTRAINT = "constraints:"
+"""What the names of constraints begin with among a trial's system attributes."""
 FAILED_VIOLATION = 1.0
 """The constraint of a trial without metrics: it must never count as feasible."""
 
@@ -150,11 +152,32 @@ def insert_trial(connection: sa.Connection, study: int, problem: Problem, trial:
         (_values, _value_rows(problem, trial) if complete else []),
         (_params, [_param_row(choice, trial.arch[choice.name]) for choice in problem.space.open_choices]),
         (attributes, _attribute_rows(user_attributes(trial))),
-        (_system, _attribute_rows({f"constraints:{k}": v for k, v in violations(problem, trial).items()})),
+        (_system, _attribute_rows(_constraints(problem, trial))),
     ]
     for table, content in rows:
         if content:
             connection.execute(sa.insert(table), [{"trial_id": identity, **row} for row in content])
+
+
+def replace_constraints(
+    connection: sa.Connection, study: int, problem: Problem, judged: Sequence[Trial]
+) -> None:
+    """Writes the constraints of all trials of `study` anew; `judged` are these trials, in order."""
+    asked = sa.select(trials.c.trial_id).where(trials.c.study_id == study).order_by(trials.c.number)
+    identities = list(connection.execute(asked).scalars())
+    connection.execute(
+        sa.delete(_system).where(
+            _system.c.trial_id.in_(sa.select(trials.c.trial_id).where(trials.c.study_id == study)),
+            _system.c.key.startswith(CONSTRAINT, autoescape=True),
+        )
+    )
+    rows = [
+        {"trial_id": identity, **row}
+        for identity, trial in zip(identities, judged, strict=True)
+        for row in _attribute_rows(_constraints(problem, trial))
+    ]
+    if rows:
+        connection.execute(sa.insert(_system), rows)
 
 
 def user_attributes(trial: Trial) -> dict[str, Any]:
@@ -173,6 +196,10 @@ def violations(problem: Problem, trial: Trial) -> dict[str, float]:
         limit.metric: limit.violation(trial.metrics) if trial.metrics else FAILED_VIOLATION
         for limit in problem.limits
     }
+
+
+def _constraints(problem: Problem, trial: Trial) -> dict[str, float]:
+    return {f"{CONSTRAINT}{metric}": value for metric, value in violations(problem, trial).items()}
 
 
 def _value_rows(problem: Problem, trial: Trial) -> list[dict[str, Any]]:
