@@ -97,17 +97,18 @@ def test_before_training_a_configuration_is_replaced_with_all_that_came_of_it(
 def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> None:
     Run.create(tmp_path, CONFIG)
     (tmp_path / "training").mkdir()
-    longer = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update={"trials": 7})})
-    assert Run.create(tmp_path, longer).config().search.trials == 7
+    for change in ({"trials": 7}, {"limits": {"size_mb": 1.0}}, {"workers": 3}, {"strategy": "random"}):
+        other = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update=change)})
+        assert Run.create(tmp_path, other).config() == other
 
 
 def test_a_run_with_another_configuration_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:
     Run.create(tmp_path, CONFIG)
     (tmp_path / "training").mkdir()
     train = CONFIG.train.model_copy(update={"lr": 0.5})
-    search = CONFIG.search.model_copy(update={"limits": {"size_mb": 1.0}, "trials": 7})
+    search = CONFIG.search.model_copy(update={"objectives": ("size_mb",), "trials": 7})
     other = CONFIG.model_copy(update={"seed": 2, "train": train, "search": search})
-    message = r"differs in search\.limits, seed, train\.lr\); choose another folder"
+    message = r"differs in search\.objectives, seed, train\.lr\); choose another folder"
     with pytest.raises(RunError, match=message):
         Run.create(tmp_path, other)
     assert Run.open(tmp_path).config() == CONFIG
