@@ -225,11 +225,14 @@ class SearchConfig(Part):
     """Of `top1`, `latency_ms`, `size_mb`, `mmacs`, `peak_mb`: the first is maximised, others minimised."""
     limits: Mapping[str, float] = Field(default_factory=dict)
     """Metric -> bound: at most, for costs; at least, for `top1`."""
-    strategy: str = Field(default="NSGAIISampler", validation_alias=AliasChoices("strategy", "sampler"))
-    """Who proposes candidates: `random`, or any Optuna sampler by its class name."""
+    strategy: str = Field(default="predictor", validation_alias=AliasChoices("strategy", "sampler"))
+    """Who proposes candidates: `predictor` (models of every metric, fitted on all candidates so far),
+    `linas`, `evolution`, `ofa_evolution`, `sorted_net`, `moocma`, `random`, or an Optuna sampler by its class
+    name."""
     population: Annotated[int, Field(ge=2)] = 20
-    batch: Count = 1
-    """Candidates that are proposed at a time."""
+    batch: Count | None = None
+    """Candidates that are proposed at a time; not given, 5 growing to 20 by `predictor`, a population by
+    `linas`, one by others."""
     workers: Count = 1
     """Processes of this machine that evaluate candidates together; others may join them."""
     study: str | None = None

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from nestling.search.asking import MO_CMA, Asking
 from nestling.search.baselines import Evolution, Linas, OfaEvolution, SortedNet, Uniform
-from nestling.search.guided import Guided
+from nestling.search.guided import Guided, batch_size
 from nestling.search.losses import Exact
 from nestling.search.objectives import Problem
 from nestling.search.result import Trial
@@ -74,3 +74,8 @@ def make_proposer(
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(makers)}; {error}"
         raise ValueError(f"no search strategy {name!r}; {hint}") from error
     return Asking(name, population=population)
+
+
+def usual_batch(name: str, *, tried: int, population: int) -> int:
+    """How many archs the proposer called `name` is asked for at once, after `tried` trials."""
+    return {DEFAULT: batch_size(tried), "linas": population}.get(name, 1)

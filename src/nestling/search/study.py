@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nestling.search.database import Database, StudyUnavailable
 from nestling.search.objectives import Metrics, Problem, check_limits
-from nestling.search.proposing import Proposer, make_proposer
+from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_batch
 from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
 from nestling.search.record import Record, begin_study, read_record
 from nestling.search.result import SearchResult, Trial
@@ -40,9 +40,9 @@ def search(
     storage: Path | str,
     name: str,
     trials: int,
-    strategy: str = "NSGAIISampler",
+    strategy: str = DEFAULT,
     population: int = 20,
-    batch: int = 1,
+    batch: int | None = None,
     seed: int = 0,
     warm_start: int = 6,
     seeds: Sequence[Arch] = (),
@@ -65,9 +65,9 @@ def search(
         storage: the SQLite file, or the URL of a PostgreSQL database; other Optuna tools can read either.
         name: of the study.
         trials: how many different archs, failed ones included.
-        strategy: who proposes: `random`, or the class name of one of Optuna's samplers.
+        strategy: who proposes: see `make_proposer`.
         population: for strategies that have one.
-        batch: how many archs are proposed at a time.
+        batch: how many archs are proposed at a time; None for what the strategy usually is asked for.
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
@@ -99,7 +99,8 @@ def search(
                     outcome = _evaluate(problem, evaluate, todo.arch, clock=clock)
                     todo = queue.next(wanted, outcome=(todo, outcome))
                 elif isinstance(todo, Proposing):
-                    proposals = _proposals(proposer, record.result, todo, batch=batch, seed=seed)
+                    size = batch or usual_batch(strategy, tried=len(record.trials), population=population)
+                    proposals = _proposals(proposer, record.result, todo, batch=size, seed=seed)
                     todo = queue.next(wanted, proposals=proposals)
                 elif todo.done:
                     return record.result

@@ -219,7 +219,9 @@ def test_another_seed_tries_other_archs(
     tried = []
     for seed in (0, 1):
         file = Path(shutil.copy(empty_study_file, tmp_path / f"{seed}.db"))
-        result = search(problem, toy, storage=file, name="toy", trials=8, warm_start=0, seed=seed)
+        result = search(
+            problem, toy, storage=file, name="toy", trials=8, strategy="random", warm_start=0, seed=seed
+        )
         tried.append({trial.arch for trial in result.trials})
     assert tried[0] != tried[1]
 
