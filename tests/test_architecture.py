@@ -45,6 +45,7 @@ ONLY_IN: dict[str, set[str]] = {
     "datasets": {"data.tables"},
     "matplotlib": {"report"},
     "pynvml": {"energy"},
+    "asyncssh": {"profile.transport_ssh"},
 }
 """Library -> the parts or modules that alone may import it."""
 

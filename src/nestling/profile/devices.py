@@ -17,12 +17,13 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nestling.profile.address import Address, parse_address
+from nestling.profile.address import AdbPlace, Address, SshPlace, parse_address
 from nestling.profile.kernels import Kernel, OptimizedOp
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.reference import reference_model
 from nestling.profile.store import MeasurementStore
-from nestling.profile.transport import Answer, DeviceError, LocalProcess, Transport, WorkerLostError
+from nestling.profile.transport import Answer, DeviceError, Transport, WorkerLostError
+from nestling.profile.transport_local import LocalProcess
 
 START_SECONDS = 60.0
 """What starting a worker may take: Python, the runtime's libraries, the reference model."""
@@ -102,7 +103,8 @@ def connect(
     """The device at `address`, ready to measure: its worker has been started and has said what it is.
 
     Args:
-        address: A runtime and its options, `ort:cpu?threads=2`.
+        address: A runtime and its options, `ort:cpu?threads=2`, on this machine or, as
+            `ssh://user@board/ort:cpu`, on another; `nestling.profile.pool.open_device` knows pools too.
         seconds: The longest that one measurement may take after warm-up; a slow file is still timed 10 times.
         tolerance: Half the 95 % interval of the ratio, as a part of it, at which a measurement ends early.
         timeout_seconds: The longest that one call of the device may take; after that its worker is killed.
@@ -124,7 +126,7 @@ def connect(
         )
     device = WorkerDevice(
         parsed,
-        transport=LocalProcess(),
+        transport=transport_to(parsed),
         seconds=seconds,
         tolerance=tolerance,
         timeout_seconds=timeout_seconds,
@@ -132,6 +134,21 @@ def connect(
     )
     device.start()
     return device
+
+
+def transport_to(address: Address) -> Transport:
+    """How a worker is reached at `address`."""
+    match address.place:
+        case SshPlace():
+            from nestling.profile.transport_ssh import SshProcess
+
+            return SshProcess(address.place)
+        case AdbPlace():
+            from nestling.profile.transport_adb import AdbProcess
+
+            return AdbProcess(address.place)
+        case None:
+            return LocalProcess()
 
 
 class WorkerDevice:
@@ -406,7 +423,7 @@ class WorkerDevice:
         try:
             answer = self.transport.exchange(request, blob, timeout_seconds=limit)
         except WorkerLostError as error:
-            raise WorkerLostError(f"{about}: {error}") from None
+            raise type(error)(f"{about}: {error}") from None
         if "refused" in answer.message:
             raise DeviceError(f"{about}: {answer.message['refused']}")
         return answer

@@ -1,22 +1,19 @@
-"""Transports: how a worker is started, asked and ended. The one here runs it in a child process."""
+"""Transport: how a worker is started, asked and ended, wherever it runs; what may go wrong with one."""
 
 from __future__ import annotations
 
 import json
-import os
-import selectors
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from nestling.profile import worker
 
 STDERR_KEPT = 4096
+"""Bytes of a worker's last words that an error quotes."""
 STOP_SECONDS = 1.0
+"""What a worker that was told to go may take for it."""
 CHUNK = 1 << 20
 
 
@@ -26,6 +23,10 @@ class DeviceError(RuntimeError):
 
 class WorkerLostError(DeviceError):
     """The worker crashed, hung or was cut off. The next call starts another."""
+
+
+class LineLostError(WorkerLostError):
+    """The line to the worker was cut or cannot be had: this says nothing about what the worker was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,213 +64,32 @@ class Transport(Protocol):
         """Ends the worker, if one runs."""
 
 
-class LocalProcess:
-    """A worker in a child process of this one."""
+def parse_lengths(head: bytes | bytearray) -> tuple[int, int]:
+    """The bytes of an answer's JSON object and of its blob, out of the sixteen that every answer begins with.
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-P", worker.__file__)) -> None:
-        self.command = tuple(command)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr = bytearray()
-
-    @property
-    def running(self) -> bool:
-        """Whether the child process is alive."""
-        if self._process is not None and self._process.poll() is not None:
-            self._close()
-        return self._process is not None
-
-    @property
-    def pid(self) -> int | None:
-        """The child's process id, while there is one."""
-        return self._process.pid if self._process is not None else None
-
-    def start(self) -> None:
-        """Starts the child process.
-
-        Raises:
-            DeviceError: the command cannot be run.
-        """
-        self.stop()
-        self._stderr.clear()
-        try:
-            # A session of its own: Ctrl-C is for the search, which then ends its workers in order.
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise DeviceError(
-                f"the worker cannot be started with {' '.join(self.command)}: {error}"
-            ) from None
-        for pipe in self._pipes(self._process):
-            os.set_blocking(pipe.fileno(), False)
-
-    def exchange(
-        self, request: Mapping[str, Any], blob: bytes | memoryview, *, timeout_seconds: float
-    ) -> Answer:
-        """The worker's answer to `request` and `blob`.
-
-        Raises:
-            WorkerLostError: it died, did not answer within `timeout_seconds`, or sent what is no answer; it
-                is killed then.
-        """
-        process = self._process
-        if process is None:
-            raise WorkerLostError("no worker runs")
-        answer: Answer | None = None
-        try:
-            answer = self._exchange(process, request, blob, time.monotonic() + timeout_seconds)
-        except TimeoutError:
-            cause = f"no answer to {request['verb']!r} within {timeout_seconds:.3g} s; the worker was killed"
-            raise self._lost(cause) from None
-        except (EOFError, BrokenPipeError):
-            # It may have closed its pipes and live on: what the system says of it is not waited for long.
-            try:
-                status = process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                status = None
-            raise self._lost(f"the worker {_ending(status)} during {request['verb']!r}") from None
-        except ValueError as error:
-            raise self._lost(f"the worker sent no answer but {error}") from None
-        finally:
-            # Ctrl-C in the middle of an answer: the rest of it must not be taken for the next one.
-            if answer is None:
-                self._kill()
-        return answer
-
-    def stop(self) -> None:
-        """Ends the child: by closing its stdin, and by SIGKILL if it does not go within a second."""
-        process = self._process
-        if process is None:
-            return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        self._close()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._close()
-
-    def _lost(self, cause: str) -> WorkerLostError:
-        """The error to raise for `cause`, once the worker is gone and its last words have been read."""
-        self._kill()
-        words = self._stderr.decode(errors="replace").strip()
-        return WorkerLostError(f"{cause}; its last words: {words}" if words else cause)
-
-    def _close(self) -> None:
-        """Reaps the child, which has ended or is about to, and closes its pipes."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.wait()
-        if process.stderr is not None:
-            self._drain(process.stderr)
-        for pipe in self._pipes(process):
-            pipe.close()
-
-    @staticmethod
-    def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
-        if process.stdin is None or process.stdout is None or process.stderr is None:
-            raise AssertionError("the worker was started without pipes")
-        return process.stdin, process.stdout, process.stderr
-
-    def _exchange(
-        self,
-        process: subprocess.Popen[bytes],
-        request: Mapping[str, Any],
-        blob: bytes | memoryview,
-        deadline: float,
-    ) -> Answer:
-        stdin, stdout, stderr = self._pipes(process)
-        waiting = [memoryview(worker.pack(request, len(blob))), memoryview(blob)]
-        frame = _Frame()
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdin, selectors.EVENT_WRITE)
-            selector.register(stdout, selectors.EVENT_READ)
-            selector.register(stderr, selectors.EVENT_READ)
-            while not frame.complete:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                for key, _ in selector.select(left):
-                    if key.fileobj is stdin:
-                        waiting[0] = waiting[0][os.write(stdin.fileno(), waiting[0][:CHUNK]) :]
-                        while waiting and not waiting[0]:
-                            waiting.pop(0)
-                        if not waiting:
-                            selector.unregister(stdin)
-                    elif key.fileobj is stderr:
-                        if not self._drain(stderr):
-                            selector.unregister(stderr)
-                    else:
-                        frame.fill(stdout.fileno())
-        return frame.answer()
-
-    def _drain(self, stderr: IO[bytes]) -> bool:
-        """Whether more may come, after what is there has been added to the tail that is kept."""
-        while True:
-            try:
-                got = os.read(stderr.fileno(), CHUNK)
-            except BlockingIOError:
-                return True
-            self._stderr = (self._stderr + got)[-STDERR_KEPT:]
-            if not got:
-                return False
+    Raises:
+        ValueError: lengths that no answer has.
+    """
+    json_bytes, blob_bytes = worker.LENGTHS.unpack(head)
+    if json_bytes > worker.LONGEST_JSON or blob_bytes > worker.LONGEST_BLOB or json_bytes == 0:
+        raise ValueError(f"a frame of {json_bytes} + {blob_bytes} bytes")
+    return json_bytes, blob_bytes
 
 
-class _Frame:
-    """An answer on its way in: lengths, JSON object, blob."""
+def parse_answer(text: bytes | bytearray, blob: bytes | bytearray) -> Answer:
+    """The answer whose JSON object is `text`.
 
-    def __init__(self) -> None:
-        self._parts = [bytearray(worker.LENGTHS.size)]
-        self._filled = 0
-
-    @property
-    def complete(self) -> bool:
-        return len(self._parts) == 3 and self._filled == len(self._parts[2])
-
-    def fill(self, descriptor: int) -> None:
-        """Takes in what is there to read, and no more than belongs to this frame.
-
-        Raises:
-            EOFError: the other side has closed.
-            ValueError: lengths that no answer has.
-        """
-        part = self._parts[-1]
-        got = os.readv(descriptor, [memoryview(part)[self._filled :]])
-        if got == 0:
-            raise EOFError
-        self._filled += got
-        if self._filled < len(part) or len(self._parts) == 3:
-            return
-        self._filled = 0
-        json_bytes, blob_bytes = worker.LENGTHS.unpack(self._parts[0])
-        if json_bytes > worker.LONGEST_JSON or blob_bytes > worker.LONGEST_BLOB or json_bytes == 0:
-            raise ValueError(f"a frame of {json_bytes} + {blob_bytes} bytes")
-        self._parts.append(bytearray(json_bytes if len(self._parts) == 1 else blob_bytes))
-
-    def answer(self) -> Answer:
-        """The answer, once complete.
-
-        Raises:
-            ValueError: the JSON is none, or no object.
-        """
-        message = json.loads(self._parts[1])
-        if not isinstance(message, dict):
-            raise ValueError(f"{message!r}")
-        return Answer(message, self._parts[2])
+    Raises:
+        ValueError: `text` is no JSON, or no object.
+    """
+    message = json.loads(text)
+    if not isinstance(message, dict):
+        raise ValueError(f"{message!r}")
+    return Answer(message, blob)
 
 
-def _ending(status: int | None) -> str:
+def ending(status: int | None) -> str:
+    """How a worker ended, by its exit status, minus a signal's number, or None where it lives on unheard."""
     if status is None:
         return "closed its pipes"
     if status >= 0:
@@ -279,3 +99,9 @@ def _ending(status: int | None) -> str:
     except ValueError:
         name = f"signal {-status}"
     return f"was ended by {name}" + (" (killed from outside, or out of memory)" if name == "SIGKILL" else "")
+
+
+def with_last_words(cause: str, stderr: bytes | bytearray) -> str:
+    """`cause`, with what the worker wrote to its stderr, where it did."""
+    words = stderr.decode(errors="replace").strip()
+    return f"{cause}; its last words: {words}" if words else cause

@@ -23,7 +23,8 @@ from nestling.profile import (
     connect,
     file_key,
 )
-from nestling.profile.transport import Answer, LocalProcess
+from nestling.profile.transport import Answer
+from nestling.profile.transport_local import LocalProcess
 
 Model = Callable[[int | str], onnx.ModelProto]
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -361,7 +362,7 @@ def test_too_little_memory_is_a_refusal_that_leaves_the_worker_alive(tiny: Path,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     large.write_bytes(model.SerializeToString())
-    with connect("ort:cpu?memory_mb=8192", seconds=0.05) as device:
+    with connect("ort:cpu?memory=8G", seconds=0.05) as device:
         pid = worker_pid(device)
         with pytest.raises(DeviceError, match=r"large\.onnx: .*[Aa]lloc"):
             device.measure(large)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestling.profile import DeviceError, WorkerLostError
-from nestling.profile.transport import LocalProcess
+from nestling.profile.transport_local import LocalProcess
 
 ECHO = """
 import os, sys
@@ -155,7 +155,7 @@ def test_what_native_code_prints_does_not_land_between_frames() -> None:
 
 def test_a_search_that_is_killed_leaves_no_worker() -> None:
     code = (
-        "import os, signal\nfrom nestling.profile.transport import LocalProcess\n"
+        "import os, signal\nfrom nestling.profile.transport_local import LocalProcess\n"
         "transport = LocalProcess(); transport.start(); print(transport.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
