@@ -28,6 +28,7 @@ EXIT_CODES = {
     "WorkersLost": STOPPED,
     "ClickException": BAD_INPUT,
     "DeviceError": NO_DEVICE,
+    "DevicesGoneError": NO_DEVICE,
     "TrainingStopped": STOPPED,
     "RanksError": STOPPED,
     "CheckpointError": STOPPED,

@@ -22,7 +22,7 @@ from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.checking import check_space
 from nestling.pipeline.floats import FloatNetworks
 from nestling.pipeline.rounding import rounded_calls
-from nestling.profile import Device, MeasurementStore, connect
+from nestling.profile import Device, MeasurementStore, open_device
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, Value, load_space, save_space
 from nestling.train.checkpoint import load_checkpoint
@@ -256,12 +256,13 @@ class Workbench:
             DeviceError: there is no such device or runtime, or it does not answer.
         """
         profile = self.config.profile
-        return connect(
+        return open_device(
             profile.device,
             seconds=profile.seconds,
             tolerance=profile.tolerance,
             timeout_seconds=profile.timeout_seconds,
             store=MeasurementStore(self.run.folder / "measurements.db"),
+            leases=self.run.folder / "leases.db",
         )
 
     @contextmanager

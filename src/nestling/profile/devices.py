@@ -115,15 +115,7 @@ def connect(
             cores, or limits that make no sense.
     """
     parsed = parse_address(address)
-    if not (seconds > 0 and tolerance > 0):
-        raise DeviceError(
-            f"device {address!r}: seconds={seconds} and tolerance={tolerance} must be above zero"
-        )
-    if timeout_seconds <= seconds:
-        raise DeviceError(
-            f"device {address!r}: timeout_seconds={timeout_seconds} must be above seconds={seconds}; "
-            "a measurement would be cut off"
-        )
+    check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
     device = WorkerDevice(
         parsed,
         transport=transport_to(parsed),
@@ -134,6 +126,23 @@ def connect(
     )
     device.start()
     return device
+
+
+def check_limits(address: str, *, seconds: float, tolerance: float, timeout_seconds: float) -> None:
+    """Refuses limits of a measurement that make no sense.
+
+    Raises:
+        DeviceError: which, and why.
+    """
+    if not (seconds > 0 and tolerance > 0):
+        raise DeviceError(
+            f"device {address!r}: seconds={seconds} and tolerance={tolerance} must be above zero"
+        )
+    if timeout_seconds <= seconds:
+        raise DeviceError(
+            f"device {address!r}: timeout_seconds={timeout_seconds} must be above seconds={seconds}; "
+            "a measurement would be cut off"
+        )
 
 
 def transport_to(address: Address) -> Transport:
@@ -178,6 +187,11 @@ class WorkerDevice:
         return self.address.name
 
     @property
+    def settings(self) -> str:
+        """How it measures, as measurements are stored by."""
+        return json.dumps({"seconds": self.seconds, "tolerance": self.tolerance}, sort_keys=True)
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """What the device is; the worker is asked once."""
         if self._fingerprint is None:
@@ -216,16 +230,15 @@ class WorkerDevice:
         """
         model = self._read(path)
         key = hashlib.sha256(model).hexdigest()
-        settings = json.dumps({"seconds": self.seconds, "tolerance": self.tolerance}, sort_keys=True)
         with self._alone:
             if self.store is not None:
-                known = self.store.get(key, fingerprint=self.fingerprint, settings=settings)
+                known = self.store.get(key, fingerprint=self.fingerprint, settings=self.settings)
                 if known is not None:
                     return known
             measurement = self._time(path, model)
         if self.store is None or measurement.unstable:
             return measurement
-        return self.store.put(measurement, file=key, settings=settings)
+        return self.store.put(measurement, file=key, settings=self.settings)
 
     def predict(
         self, path: Path, images: NDArray[np.float32], *, key: str | None = None
@@ -315,6 +328,15 @@ class WorkerDevice:
                 self._drop(models=[BESIDE])
         key = hashlib.sha256(beside).hexdigest()[:12]
         return replace(measurement, fingerprint=replace(measurement.fingerprint, reference=key))
+
+    def calibrate(self, *, seconds: float) -> Measurement:
+        """How long the reference model takes, beside itself; kept nowhere.
+
+        Raises:
+            DeviceError: the device is not ready, or lost its worker.
+        """
+        with self._alone:
+            return self._time(Path("the reference model"), reference_model(), seconds=seconds)
 
     def close(self) -> None:
         """Ends the worker."""

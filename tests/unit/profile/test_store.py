@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import signal
@@ -7,12 +8,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nestling.profile import Measurement, MeasurementStore, StoreError, file_key
+from nestling.profile.leases import Job, LeaseQueue
 
 Measured = Callable[..., Measurement]
 
@@ -122,3 +124,67 @@ def test_the_key_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"content")
     assert file_key(path) == hashlib.sha256(b"content").hexdigest()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def grow(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def until_it_fails(write: Callable[[int], object]) -> tuple[int, StoreError]:
+    """How often `write` did what it should before it failed, and how."""
+    for number in range(1000):
+        try:
+            write(number)
+        except StoreError as error:
+            return number, error
+    raise AssertionError("the disk is not full")
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing_that_was_acknowledged(
+    small_disk: Path, measured: Measured
+) -> None:
+    store, taken = MeasurementStore(small_disk / "m.sqlite"), measured(*range(1, 200))
+    acknowledged, error = until_it_fails(lambda number: store.put(taken, file=str(number), settings="s"))
+    assert acknowledged > 0
+    assert "m.sqlite: database or disk is full" in str(error)
+    again = MeasurementStore(store.path)
+    kept = [again.get(str(n), fingerprint=taken.fingerprint, settings="s") for n in range(acknowledged)]
+    assert kept == [taken] * acknowledged
+    assert len(again) == acknowledged
+    grow(small_disk, "256k")
+    store.put(taken, file="more", settings="s")
+    assert len(store) == acknowledged + 1
+    with contextlib.closing(sqlite3.connect(store.path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_full_disk_stops_a_lease_queue_which_goes_on_where_there_is_room_again(small_disk: Path) -> None:
+    grow(small_disk, "160k")
+    queue, content = LeaseQueue(small_disk / "leases.db"), "content" * 100
+
+    def measure(number: int) -> None:
+        lease = queue.take(Job(str(number), "class", "settings"), [str(number)])
+        assert lease is not None
+        queue.finish(lease, content)
+
+    counted, error = until_it_fails(measure)
+    assert counted > 0
+    assert "leases.db: database or disk is full" in str(error)
+    grow(small_disk, "512k")
+    again = LeaseQueue(queue.path)
+    assert {again.state(Job(str(n), "class", "settings")).content for n in range(counted)} == {content}
+    measure(1000)

@@ -1,0 +1,308 @@
+"""DevicePool: several boards of one class as one Device, which measures a file on each of them at once."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestling.profile.address import POOL, Address, parse_addresses
+from nestling.profile.devices import Device, WorkerDevice, check_limits, connect, transport_to
+from nestling.profile.kernels import Kernel, OptimizedOp
+from nestling.profile.leases import Job, LeaseQueue
+from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
+from nestling.profile.store import MeasurementStore, file_key
+from nestling.profile.transport import DeviceError, WorkerLostError
+
+TRIES = 3
+"""A file on which so many workers were lost is not tried again."""
+MOST_CUTS = 20
+"""Boards and lines that may be lost in one call before it fails."""
+
+T = TypeVar("T")
+
+
+class DevicePool:
+    """Boards of one class as one device. Every method may be called by as many threads as there are boards.
+
+    A file that costs a worker is tried again, on another board where there is one, and after three losses no
+    more; a line that is cut speaks against its board alone. A board that fails three times in a row, that is
+    not what the others are, or that computes at another speed is set aside, and probed again later.
+
+    Args:
+        boards: the devices, each without a store.
+        name: the pool's address.
+        device: names the class in fingerprints; without places, so that boards may come and go.
+        queue: by which all processes that use these boards share them.
+        store: where measurements are kept; a file found there is not timed again.
+        spread: how much slower or faster than the others a board may be, as a part.
+        patience_seconds: how long to wait for a board where none is in service.
+        tell: is given a sentence when a board is set aside or returns.
+        clock: seconds.
+        on_close: called last.
+    """
+
+    def __init__(
+        self,
+        boards: Sequence[WorkerDevice],
+        *,
+        name: str,
+        device: str,
+        queue: LeaseQueue,
+        store: MeasurementStore | None = None,
+        spread: float = SPREAD,
+        patience_seconds: float = PATIENCE_SECONDS,
+        tell: Callable[[str], None] = warnings.warn,
+        clock: Callable[[], float] = time.monotonic,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.queue, self.store = queue, store
+        self._name, self._device, self._on_close = name, device, on_close
+        self._settings = boards[0].settings
+        self._roster = Roster(
+            boards,
+            name=name,
+            device=device,
+            queue=queue,
+            spread=spread,
+            patience_seconds=patience_seconds,
+            tell=tell,
+            clock=clock,
+        )
+
+    @property
+    def name(self) -> str:
+        """The pool's address."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What all boards in service are; they are started and compared when it is first needed."""
+        return self.start()
+
+    @property
+    def in_service(self) -> tuple[str, ...]:
+        """The boards that are given work."""
+        return self._roster.in_service
+
+    @property
+    def aside(self) -> Mapping[str, str]:
+        """The boards that are set aside, and why."""
+        return self._roster.aside
+
+    def start(self) -> Fingerprint:
+        """What the boards have in common; the first call starts and calibrates all of them at once.
+
+        Raises:
+            DeviceError: none of them can be used.
+        """
+        return self._roster.start().fingerprint
+
+    def measure(self, path: Path) -> Measurement:
+        """How long the file takes on one of the boards, from the store where it has been measured before.
+
+        Where another thread or process is just measuring it, that measurement is waited for.
+
+        Raises:
+            DeviceError: no such file; the runtime refuses it.
+            WorkerLostError: three workers were lost on it, now or when it was asked for before.
+            DevicesGoneError: no board was in service for too long.
+        """
+        job = self._job(path)
+        if self.store is not None:
+            known = self.store.get(job.file, fingerprint=self.fingerprint, settings=job.settings)
+            if known is not None:
+                return known
+        before = self.queue.state(job).content
+        cuts, tried = 0, set[str]()
+        while True:
+            state = self.queue.state(job)
+            if state.content is not None and state.content != before:
+                return Measurement.from_json(state.content)  # another was at it
+            if state.strikes >= TRIES:
+                raise WorkerLostError(
+                    f"{state.strikes} workers were lost on {path}; the last one: {state.cause}"
+                )
+            loan = self._roster.borrow(job, avoid=tried, before=before)
+            if loan is None:
+                self._roster.wait()
+                continue
+            tried.add(loan.board.name)
+            with self._roster.held(loan):
+                try:
+                    taken = self._roster.use(loan, lambda device: device.measure(path))
+                except TryLost as lost:
+                    cuts += not lost.strike
+                    if cuts >= MOST_CUTS:
+                        raise lost.error from None
+                    continue
+                measurement = self._of_class(taken)
+                if self.queue.finish(loan.lease, measurement.to_json()):
+                    return self._keep(job, measurement)
+
+    def measure_all(self, paths: Sequence[Path]) -> list[Measurement | DeviceError]:
+        """How long each file takes, or why that cannot be told, in the order of `paths`; all boards at once.
+
+        Raises:
+            DevicesGoneError: as `measure`.
+        """
+
+        def one(path: Path) -> Measurement | DeviceError:
+            try:
+                return self.measure(path)
+            except DeviceError as error:
+                return error
+
+        with ThreadPoolExecutor(self._roster.size) as threads:
+            return list(threads.map(one, paths))
+
+    def predict(
+        self, path: Path, images: NDArray[np.float32], *, key: str | None = None
+    ) -> NDArray[np.float32]:
+        """The logits (N, classes) of the file for `images` (N, 3, H, W), by one of the boards.
+
+        Raises:
+            ValueError: `images` is empty or not float32.
+            DeviceError: the runtime refuses the file, or three workers were lost on it.
+            DevicesGoneError: as `measure`.
+        """
+        return self._by_any(lambda device: device.predict(path, images, key=key))
+
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
+        """What the boards' runtime makes of the file.
+
+        Raises:
+            DeviceError, DevicesGoneError: as `predict`.
+        """
+        return self._by_any(lambda device: device.optimized_ops(path))
+
+    def kernels(self, path: Path) -> tuple[Kernel, ...]:
+        """What the boards' runtime runs for the file.
+
+        Raises:
+            DeviceError, DevicesGoneError: as `predict`.
+        """
+        return self._by_any(lambda device: device.kernels(path))
+
+    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+        """How long the file takes beside another one, on one of the boards.
+
+        Raises:
+            DeviceError, DevicesGoneError: as `predict`.
+        """
+        return self._of_class(self._by_any(lambda device: device.compare(path, other, seconds=seconds)))
+
+    def close(self) -> None:
+        """Ends all workers."""
+        self._roster.close()
+        self._on_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _job(self, path: Path) -> Job:
+        try:
+            key = file_key(path)
+        except OSError as error:
+            raise DeviceError(f"{self.name}: model {path} cannot be read: {error.strerror}") from None
+        return Job(key, self.fingerprint.key, self._settings)
+
+    def _of_class(self, taken: Measurement) -> Measurement:
+        """`taken` as the class's: which board it was taken on, the queue knows."""
+        return replace(taken, fingerprint=replace(taken.fingerprint, device=self._device))
+
+    def _keep(self, job: Job, measurement: Measurement) -> Measurement:
+        if self.store is None or measurement.unstable:
+            return measurement
+        return self.store.put(measurement, file=job.file, settings=job.settings)
+
+    def _by_any(self, work: Callable[[WorkerDevice], T]) -> T:
+        """What `work` gives on the first board that is free; on others, where a board or line is lost."""
+        self.start()
+        strikes, cuts, tried = 0, 0, set[str]()
+        while True:
+            loan = self._roster.borrow(None, avoid=tried)
+            if loan is None:
+                self._roster.wait()
+                continue
+            with self._roster.held(loan):
+                try:
+                    return self._roster.use(loan, work)
+                except TryLost as lost:
+                    tried.add(loan.board.name)
+                    strikes, cuts = strikes + lost.strike, cuts + (not lost.strike)
+                    if strikes >= TRIES or cuts >= MOST_CUTS:
+                        raise lost.error from None
+
+
+def open_device(
+    address: str,
+    *,
+    seconds: float = 1.5,
+    tolerance: float = 0.01,
+    timeout_seconds: float = 120.0,
+    store: MeasurementStore | None = None,
+    leases: Path | None = None,
+) -> Device:
+    """The device at `address`, or the pool of devices, ready to measure.
+
+    A device that a line leads to is a pool of one: it outlives lines that are cut.
+
+    Args:
+        address: as `connect` has it, or several of one class: `pool:ssh://a/ort:cpu,ssh://b/ort:cpu`.
+        seconds: as `connect` has it.
+        tolerance: likewise.
+        timeout_seconds: likewise.
+        store: likewise.
+        leases: the file by which processes share boards; None: they do not.
+
+    Raises:
+        DeviceError: as `connect`; or no board of a pool can be used.
+        StoreError: `leases` cannot be used.
+    """
+    parsed = parse_addresses(address)
+    if isinstance(parsed, Address) and parsed.place is None:
+        return connect(
+            address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds, store=store
+        )
+    check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
+    members = (parsed,) if isinstance(parsed, Address) else parsed.members
+    folder = tempfile.TemporaryDirectory(prefix="nestling-pool.")
+    pool = DevicePool(
+        [
+            WorkerDevice(
+                member,
+                transport=transport_to(member),
+                seconds=seconds,
+                tolerance=tolerance,
+                timeout_seconds=timeout_seconds,
+            )
+            for member in members
+        ],
+        name=parsed.name,
+        device=parsed.name if isinstance(parsed, Address) else POOL + parsed.device,
+        queue=LeaseQueue(Path(folder.name) / "leases.db" if leases is None else leases),
+        store=store,
+        on_close=folder.cleanup,
+    )
+    try:
+        pool.start()
+    except BaseException:
+        pool.close()
+        raise
+    return pool

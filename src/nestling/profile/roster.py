@@ -1,0 +1,260 @@
+"""Roster: which boards of a pool are in service, who uses them, and when the others are probed again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from nestling.profile.boards import Board, Calibration, DeviceClass
+from nestling.profile.devices import WorkerDevice
+from nestling.profile.leases import Job, Lease, LeaseQueue
+from nestling.profile.store import StoreError
+from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
+
+CALIBRATION_SECONDS = 0.5
+SPREAD = 0.25
+"""How much slower or faster than the others a board may be, as a part."""
+PATIENCE_SECONDS = 600.0
+"""How long a pool without a board in service waits for one."""
+POLL_SECONDS = 0.05
+
+T = TypeVar("T")
+
+
+class DevicesGoneError(RuntimeError):
+    """No board of a pool can be used any more: nothing that is asked next could be answered."""
+
+
+class TryLost(Exception):  # noqa: N818 - it names what happened
+    """A try that came to nothing. `strike`: whether it speaks against the file rather than the board."""
+
+    def __init__(self, error: DeviceError, *, strike: bool) -> None:
+        super().__init__(str(error))
+        self.error, self.strike = error, strike
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A board, and the lease on it."""
+
+    board: Board
+    lease: Lease
+
+
+class Roster:
+    """The boards of a pool; its arguments are those of `DevicePool`. Any thread may call it."""
+
+    def __init__(
+        self,
+        boards: Sequence[WorkerDevice],
+        *,
+        name: str,
+        device: str,
+        queue: LeaseQueue,
+        spread: float,
+        patience_seconds: float,
+        tell: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.name, self.queue = name, queue
+        self.spread, self.patience_seconds = spread, patience_seconds
+        self._device, self._tell, self._clock = device, tell, clock
+        self._boards = [Board(one) for one in boards]
+        self._class: DeviceClass | None = None
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._live: list[Lease] = []
+        self._heart: threading.Thread | None = None
+        self._forsaken_since: float | None = None
+
+    @property
+    def size(self) -> int:
+        """How many boards there are, those set aside included."""
+        return len(self._boards)
+
+    @property
+    def in_service(self) -> tuple[str, ...]:
+        """The boards that are given work."""
+        with self._lock:
+            return tuple(board.name for board in self._boards if board.in_service)
+
+    @property
+    def aside(self) -> Mapping[str, str]:
+        """The boards that are set aside, and why."""
+        with self._lock:
+            return {board.name: board.cause for board in self._boards if not board.in_service}
+
+    def start(self) -> DeviceClass:
+        """What the boards have in common; the first call starts and calibrates all of them at once.
+
+        Raises:
+            DeviceError: none of them can be used.
+        """
+        with self._opening:
+            if self._class is None:
+                with ThreadPoolExecutor(self.size) as threads:
+                    visits = list(threads.map(self._visit, self._boards))
+                pairs = list(zip(self._boards, visits, strict=True))
+                found = {board.name: visit for board, visit in pairs if isinstance(visit, Calibration)}
+                if not found:
+                    causes = "; ".join(str(visit) for visit in visits)
+                    raise DeviceError(causes if len(visits) == 1 else f"no board can be used: {causes}")
+                settled = DeviceClass.of(found, device=self._device, spread=self.spread)
+                for board, visit in pairs:
+                    self._judge(board, visit, settled)
+                self._class = settled
+            return self._class
+
+    def borrow(self, job: Job | None, *, avoid: set[str], before: str | None = None) -> Loan | None:
+        """A board in service that is free, those of `avoid` last; None where there is none just now.
+
+        Args:
+            job: what it is wanted for; a lease on it is taken too.
+            avoid: names of boards.
+            before: what the job's content was when it was asked for: there is no board where it has changed.
+
+        Raises:
+            DevicesGoneError: none was in service for too long, or the pool was closed.
+        """
+        if self._closed.is_set():
+            raise DevicesGoneError(f"{self.name} was closed")
+        with self._lock:
+            now = self._clock()
+            for board in self._boards:
+                if board.due(now):
+                    board.probing = True
+                    threading.Thread(target=self._probe, args=(board,), daemon=True).start()
+            ready = {board.name: board for board in self._boards if board.in_service}
+            if ready:
+                self._forsaken_since = None
+            elif self._forsaken_since is None:
+                self._forsaken_since = now
+            elif now - self._forsaken_since > self.patience_seconds:
+                causes = "; ".join(board.cause for board in self._boards)
+                raise DevicesGoneError(
+                    f"no board was in service for {self.patience_seconds:.0f} s: {causes}; "
+                    "the same command continues when one is there"
+                )
+        lease = self.queue.take(job, sorted(ready, key=lambda name: name in avoid), before=before)
+        return None if lease is None else Loan(ready[lease.board], lease)
+
+    @contextmanager
+    def held(self, loan: Loan) -> Iterator[None]:
+        """Renews the loan's lease as long as this lasts, and gives back what is left of it."""
+        with self._lock:
+            self._live.append(loan.lease)
+            if self._heart is None and not self._closed.is_set():
+                self._heart = threading.Thread(target=self._beat, name=f"{self.name}: leases", daemon=True)
+                self._heart.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._live.remove(loan.lease)
+            self.queue.release(loan.lease)
+
+    def use(self, loan: Loan, work: Callable[[WorkerDevice], T]) -> T:
+        """What `work` gives on the board.
+
+        Raises:
+            TryLost: the worker, the line or the board failed.
+            DeviceError: the file was refused.
+        """
+        board, lease = loan.board, loan.lease
+        ready = False
+        try:
+            board.device.start()
+            ready = True
+            done = work(board.device)
+        except DeviceError as error:
+            if ready and not isinstance(error, WorkerLostError):
+                self.queue.fail(lease, "refused", str(error))
+                with self._lock:
+                    board.succeeded()
+                raise
+            cut = isinstance(error, LineLostError)
+            strike = ready and not cut
+            outcome = "lost" if strike else "cut" if cut else "board"
+            self.queue.fail(lease, outcome, str(error), strike=strike)
+            self._failed(board, error)
+            raise TryLost(error, strike=strike) from error
+        with self._lock:
+            board.succeeded()
+        return done
+
+    def wait(self) -> None:
+        """Waits a moment for a board to become free."""
+        self._closed.wait(POLL_SECONDS)
+
+    def close(self) -> None:
+        """Ends all workers."""
+        self._closed.set()
+        with self._lock:
+            heart, self._heart = self._heart, None
+            idle = [board for board in self._boards if not board.probing]
+        for board in idle:
+            board.device.close()
+        if heart is not None:
+            heart.join()
+
+    def _failed(self, board: Board, error: DeviceError) -> None:
+        with self._lock:
+            now = self._clock()
+            if isinstance(error, WorkerLostError):
+                told = board.failed(str(error), now=now)
+            else:  # it lacks something, or has become another device: trying again at once is of no use
+                board.set_aside(str(error), now=now)
+                told = True
+        if told:
+            self._tell(f"{board.name} is set aside: {error}")
+
+    def _beat(self) -> None:
+        while not self._closed.wait(self.queue.seconds / 3):
+            with self._lock:
+                live = list(self._live)
+            # A lease that cannot be renewed runs out, and what it brings is not counted.
+            with suppress(StoreError):
+                self.queue.renew(live)
+
+    def _probe(self, board: Board) -> None:
+        """Looks whether a board that was set aside can be used again."""
+        settled, visit = self._class, self._visit(board)
+        if settled is not None:
+            self._judge(board, visit, settled)
+        if self._closed.is_set():
+            board.device.close()
+
+    def _visit(self, board: Board) -> Calibration | str:
+        """What the board is and how fast, or why it cannot be used."""
+        try:
+            while (lease := self.queue.take(None, [board.name])) is None:
+                if self._closed.wait(POLL_SECONDS):
+                    return "the pool was closed"
+            with self.held(Loan(board, lease)):
+                board.device.start()
+                taken = board.device.calibrate(seconds=CALIBRATION_SECONDS)
+        except (DeviceError, StoreError) as error:
+            return str(error)
+        return Calibration(taken.fingerprint, float(np.median(taken.reference_seconds)) * 1e3)
+
+    def _judge(self, board: Board, visit: Calibration | str, settled: DeviceClass) -> None:
+        """Puts the board into service or sets it aside, by what a visit found."""
+        objection = visit if isinstance(visit, str) else settled.objection(visit)
+        with self._lock:
+            was_in_service, board.probing = board.in_service, False
+            if objection is not None:
+                known = not was_in_service and board.cause == objection
+                board.set_aside(objection, now=self._clock())
+            elif not was_in_service:
+                board.admit()
+        if objection is not None and not known:
+            self._tell(f"{board.name} is set aside: {objection}")
+        elif objection is None and not was_in_service:
+            self._tell(f"{board.name} is back in service")

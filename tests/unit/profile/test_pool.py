@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nestling.profile import (
+    Address,
+    DeviceError,
+    DevicePool,
+    DevicesGoneError,
+    LineLostError,
+    MeasurementStore,
+    WorkerDevice,
+    WorkerLostError,
+    open_device,
+)
+from nestling.profile.address import SshPlace
+from nestling.profile.boards import FIRST_REST, Board
+from nestling.profile.leases import LeaseQueue
+from nestling.profile.transport import Answer
+
+SEGFAULT = WorkerLostError("the worker was ended by SIGSEGV during 'time'")
+CUT = LineLostError("the line was lost during 'time'")
+REFUSED = "Fail: no kernel"
+
+
+class Clock:
+    """Seconds of which a pool's backoff is told; they pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeBoard:
+    """A worker that answers by itself; `faults` are raised, or refused with, when a file is timed next."""
+
+    def __init__(self, faults: list[Exception | str] | None = None, *, reference_ms: float = 1.0) -> None:
+        self.faults = list(faults or [])
+        self.reference_ms, self.cpu = reference_ms, "A CPU"
+        self.running = False
+        self.starts = self.timed = self.most_at_once = 0
+        self.unreachable = False
+        self.gate: threading.Event | None = None
+        self._now = 0
+
+    def start(self) -> None:
+        if self.unreachable:
+            raise LineLostError("the board does not answer")
+        self.running = True
+        self.starts += 1
+
+    def stop(self) -> None:
+        self.running = False
+
+    def exchange(
+        self, request: Mapping[str, Any], blob: bytes | memoryview, *, timeout_seconds: float
+    ) -> Answer:
+        del blob, timeout_seconds
+        verb = request["verb"]
+        if verb == "hello":
+            said = {"cpu": self.cpu, "instructions": [], "cores": 2, "platform": "Linux aarch64"}
+            return Answer({**said, "runtime": "onnxruntime 1.0", "int8_saturates": False}, b"")
+        if verb == "load":
+            return Answer({"load_seconds": 0.1, "first_seconds": 0.2}, b"")
+        if verb == "time":
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+            try:
+                return self._time(request)
+            finally:
+                self._now -= 1
+        if verb == "predict":
+            return Answer({"shape": [2, 4]}, np.zeros((2, 4), "<f4").tobytes())
+        return Answer({}, b"")
+
+    def _time(self, request: Mapping[str, Any]) -> Answer:
+        reference = int(self.reference_ms * 1e6)
+        if request["seconds"] != 1.0:  # the pool calibrates
+            return Answer({}, np.array([[reference] * 40] * 2, "<i8").tobytes())
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, str):
+            return Answer({"refused": fault}, b"")
+        if fault is not None:
+            self.running = False
+            raise fault
+        self.timed += 1
+        return Answer({}, np.array([[3 * reference] * 40, [reference] * 40], "<i8").tobytes())
+
+
+Made = Callable[..., DevicePool]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make(tmp_path: Path, clock: Clock, told: list[str]) -> Iterator[Made]:
+    """Makes a pool of fake boards, called ssh://0 and so on."""
+    made: list[DevicePool] = []
+
+    def make(*boards: FakeBoard, **options: Any) -> DevicePool:
+        devices = [
+            WorkerDevice(
+                Address("cpu", place=SshPlace(str(number))),
+                transport=board,
+                seconds=1.0,
+                tolerance=0.01,
+                timeout_seconds=5,
+            )
+            for number, board in enumerate(boards)
+        ]
+        queue = LeaseQueue(tmp_path / "leases.db")
+        given = {"name": "pool:some", "device": "pool:ort:cpu?threads=1", "queue": queue, "tell": told.append}
+        made.append(DevicePool(devices, **{**given, "clock": clock, **options}))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def files(folder: Path, count: int) -> list[Path]:
+    paths = [folder / f"{number}.onnx" for number in range(count)]
+    for path in paths:
+        path.write_text(path.name)
+    return paths
+
+
+def outcomes(pool: DevicePool) -> list[tuple[str, str | None]]:
+    return [(attempt.board[6:7], attempt.outcome) for attempt in pool.queue.attempts()]
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_a_pool_measures_as_its_class_wherever_that_was(make: Made, tmp_path: Path) -> None:
+    pool = make(FakeBoard(), FakeBoard())
+    [path] = files(tmp_path, 1)
+    taken = pool.measure(path)
+    assert taken.ratio == pytest.approx(3)
+    assert taken.fingerprint == pool.fingerprint
+    assert taken.device == "pool:ort:cpu?threads=1"
+    assert pool.predict(path, np.zeros((2, 3, 8, 8), np.float32)).shape == (2, 4)
+    assert outcomes(pool) == [("0", "measured")]
+
+
+def test_all_boards_measure_at_once_and_each_one_file_at_a_time(make: Made, tmp_path: Path) -> None:
+    boards = [FakeBoard() for _ in range(3)]
+    gate = threading.Event()
+    for board in boards:
+        board.gate = gate
+    pool, paths = make(*boards), files(tmp_path, 6)
+    pool.start()
+    threads = [threading.Thread(target=pool.measure, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(pool.queue.attempts()) == 3)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert [board.most_at_once for board in boards] == [1, 1, 1]
+    assert sum(board.timed for board in boards) == 6
+    assert [outcome for _, outcome in outcomes(pool)] == ["measured"] * 6
+
+
+def test_two_who_want_one_file_get_one_measurement(make: Made, tmp_path: Path) -> None:
+    board, gate = FakeBoard(), threading.Event()
+    board.gate = gate
+    pool, [path] = make(board, FakeBoard()), files(tmp_path, 1)
+    pool.start()
+    taken: list[float] = []
+    threads = [threading.Thread(target=lambda: taken.append(pool.measure(path).ratio)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(pool.queue.attempts()) == 1)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert taken == [pytest.approx(3)] * 3
+    assert outcomes(pool) == [("0", "measured")]
+
+
+def test_what_the_store_has_is_not_measured_whatever_boards_there_are(make: Made, tmp_path: Path) -> None:
+    store, [path] = MeasurementStore(tmp_path / "m.db"), files(tmp_path, 1)
+    taken = make(FakeBoard(), store=store).measure(path)
+    other = FakeBoard()
+    assert make(other, FakeBoard(), store=store).measure(path) == taken
+    assert other.timed == 0
+
+
+def test_a_file_that_costs_a_worker_is_tried_on_another_board(make: Made, tmp_path: Path) -> None:
+    pool = make(FakeBoard([SEGFAULT]), FakeBoard())
+    assert pool.measure(files(tmp_path, 1)[0]).ratio == pytest.approx(3)
+    assert outcomes(pool) == [("0", "lost"), ("1", "measured")]
+    [first, _] = pool.queue.attempts()
+    assert first.cause is not None
+    assert "SIGSEGV" in first.cause
+
+
+def test_a_file_that_costs_three_workers_is_given_up_for_good(make: Made, tmp_path: Path) -> None:
+    pool, [path] = make(FakeBoard([SEGFAULT] * 2), FakeBoard([SEGFAULT])), files(tmp_path, 1)
+    for _ in range(2):
+        with pytest.raises(
+            WorkerLostError, match=r"3 workers were lost on .*0\.onnx; the last one: .*SIGSEGV"
+        ):
+            pool.measure(path)
+    assert [outcome for _, outcome in outcomes(pool)] == ["lost"] * 3
+    assert make(FakeBoard()).measure(files(tmp_path, 2)[1]).ratio == pytest.approx(3)
+
+
+def test_a_refusal_is_the_file_s_and_not_tried_elsewhere(make: Made, tmp_path: Path) -> None:
+    pool, [path] = make(FakeBoard([REFUSED]), FakeBoard()), files(tmp_path, 1)
+    with pytest.raises(DeviceError, match=REFUSED):
+        pool.measure(path)
+    assert outcomes(pool) == [("0", "refused")]
+    assert pool.in_service == ("ssh://0/ort:cpu?threads=1", "ssh://1/ort:cpu?threads=1")
+
+
+def test_lines_that_are_cut_never_speak_against_the_file(make: Made, tmp_path: Path) -> None:
+    pool = make(FakeBoard([CUT] * 2), FakeBoard([CUT]))
+    assert pool.measure(files(tmp_path, 1)[0]).ratio == pytest.approx(3)
+    assert [outcome for _, outcome in outcomes(pool)] == ["cut"] * 3 + ["measured"]
+
+
+def test_a_board_that_fails_three_times_in_a_row_rests_and_returns_after_a_probe(
+    make: Made, tmp_path: Path, clock: Clock, told: list[str]
+) -> None:
+    board = FakeBoard()
+    pool, paths = make(board, FakeBoard()), files(tmp_path, 4)
+    pool.start()
+    board.unreachable, board.running = True, False
+    pool.measure_all(paths[:1])
+    for path in paths[1:3]:
+        pool.measure(path)
+    assert pool.aside == {"ssh://0/ort:cpu?threads=1": "the board does not answer"}
+    assert [outcome for name, outcome in outcomes(pool) if name == "0"] == ["cut"] * 3
+    starts = board.starts
+    board.unreachable = False
+    pool.measure(paths[3])
+    assert board.starts == starts  # it rests
+    clock.now += FIRST_REST
+    pool.predict(paths[0], np.zeros((2, 3, 8, 8), np.float32))
+    wait_for(lambda: not pool.aside)
+    assert told == [
+        "ssh://0/ort:cpu?threads=1 is set aside: the board does not answer",
+        "ssh://0/ort:cpu?threads=1 is back in service",
+    ]
+
+
+def test_each_probe_that_fails_doubles_the_rest() -> None:
+    device = WorkerDevice(Address("cpu"), transport=FakeBoard(), seconds=1, tolerance=1, timeout_seconds=5)
+    board = Board(device)
+    assert [board.failed("gone", now=0.0) for _ in range(3)] == [False, False, True]
+    assert board.aside_until == FIRST_REST
+    board.set_aside("gone", now=10.0)
+    assert board.aside_until == 10.0 + 2 * FIRST_REST
+    for _ in range(20):
+        board.set_aside("gone", now=0.0)
+    assert board.aside_until == 300.0
+    board.admit()
+    assert board.failed("gone", now=0.0)  # one failure is enough after a probe
+    board.admit()
+    board.succeeded()
+    assert not board.failed("gone", now=0.0)
+
+
+def test_a_board_of_another_speed_is_set_aside_with_figures(make: Made, told: list[str]) -> None:
+    pool = make(FakeBoard(reference_ms=2.0), FakeBoard(reference_ms=3.1), FakeBoard(reference_ms=2.1))
+    pool.start()
+    assert pool.in_service == ("ssh://0/ort:cpu?threads=1", "ssh://2/ort:cpu?threads=1")
+    assert told == [
+        "ssh://1/ort:cpu?threads=1 is set aside: the reference model takes 3.1 ms there and 2.1 ms on "
+        "the others, 1.48 times as long; 1.25 times is the most in one class"
+    ]
+    assert make(FakeBoard(), FakeBoard(reference_ms=1.2)).start().cpu == "A CPU"
+
+
+def test_of_two_boards_the_faster_one_is_believed(make: Made) -> None:
+    pool = make(FakeBoard(reference_ms=3.0), FakeBoard(reference_ms=2.0))
+    pool.start()
+    assert pool.in_service == ("ssh://1/ort:cpu?threads=1",)
+
+
+def test_a_board_of_another_kind_is_set_aside(make: Made, told: list[str]) -> None:
+    other = FakeBoard()
+    other.cpu = "Another CPU"
+    pool = make(FakeBoard(), other, FakeBoard())
+    assert pool.fingerprint.cpu == "A CPU"
+    assert list(pool.aside) == ["ssh://1/ort:cpu?threads=1"]
+    assert "another kind of device (pool:ort:cpu?threads=1 on Another CPU" in told[0]
+
+
+def test_a_board_that_cannot_be_reached_at_first_does_not_stop_the_others(
+    make: Made, told: list[str]
+) -> None:
+    gone = FakeBoard()
+    gone.unreachable = True
+    pool = make(gone, FakeBoard())
+    assert pool.fingerprint.cpu == "A CPU"
+    assert told == ["ssh://0/ort:cpu?threads=1 is set aside: the board does not answer"]
+    with pytest.raises(DeviceError, match="no board can be used: the board does not answer; the board does"):
+        make(gone, gone).start()
+
+
+def test_a_pool_that_stays_without_boards_ends_the_search_with_the_causes(
+    make: Made, tmp_path: Path, clock: Clock
+) -> None:
+    board = FakeBoard()
+    pool = make(board, patience_seconds=60.0)
+    pool.start()
+    board.unreachable, board.running = True, False
+    failed: list[BaseException] = []
+
+    def measure() -> None:
+        try:
+            pool.measure(files(tmp_path, 1)[0])
+        except DevicesGoneError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    wait_for(lambda: bool(pool.aside))
+    for _ in range(20):
+        clock.now += 10
+        time.sleep(0.06)
+    thread.join(10)
+    [error] = failed
+    assert "no board was in service for 60 s: the board does not answer" in str(error)
+
+
+def test_a_late_answer_is_not_counted(make: Made, tmp_path: Path) -> None:
+    slow = FakeBoard()
+    slow.gate = threading.Event()
+    pool, [path] = make(slow), files(tmp_path, 1)
+    thread = threading.Thread(target=pool.measure, args=(path,))
+    thread.start()
+    wait_for(lambda: len(pool.queue.attempts()) == 1)
+    other = LeaseQueue(pool.queue.path, clock=lambda: time.time() + 2 * pool.queue.seconds)
+    other.take(None, ["another"])  # whoever looks at a time when the lease has run out strikes it out
+    make(FakeBoard()).measure(path)
+    slow.gate.set()
+    thread.join()
+    assert Counter(outcome for _, outcome in outcomes(pool)) == {"measured": 1, "late": 1}
+
+
+def test_a_lease_is_renewed_while_its_file_is_timed(make: Made, tmp_path: Path) -> None:
+    slow = FakeBoard()
+    slow.gate = threading.Event()
+    pool, [path] = make(slow, queue=LeaseQueue(tmp_path / "short.db", seconds=0.15)), files(tmp_path, 1)
+    thread = threading.Thread(target=pool.measure, args=(path,))
+    thread.start()
+    wait_for(lambda: len(pool.queue.attempts()) == 1)
+    time.sleep(0.4)
+    slow.gate.set()
+    thread.join()
+    assert outcomes(pool) == [("0", "measured")]
+
+
+def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> None:
+    with open_device("ort:cpu", seconds=0.02, timeout_seconds=60) as device:
+        assert isinstance(device, WorkerDevice)
+    leases = tmp_path / "leases.db"
+    with open_device("pool:ort:cpu", seconds=0.02, timeout_seconds=60, leases=leases) as device:
+        assert isinstance(device, DevicePool)
+        assert device.name == "pool:ort:cpu?threads=1"
+        assert device.measure(tiny).ratio > 0
+    assert leases.exists()
+    with pytest.raises(DeviceError, match="must be above seconds"):
+        open_device("pool:ort:cpu", seconds=5, timeout_seconds=1)
+    with pytest.raises(DeviceError, match="needs CUDAExecutionProvider"):
+        open_device("pool:ort:cuda")
