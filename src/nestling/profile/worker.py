@@ -638,6 +638,8 @@ def main() -> None:
     # What native code prints must not land between frames, nor may it eat a request.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    # Since 1.29 the runtime writes down what is run and tells its maker, unless forbidden before it loads.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 
     # The runtime's exceptions share no ancestor of their own, and their list grows from version to version.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from nestling.profile import (
     WorkerLostError,
     connect,
     file_key,
+    worker,
 )
 from nestling.profile.transport import Answer
 from nestling.profile.transport_local import LocalProcess
@@ -368,6 +370,19 @@ def test_too_little_memory_is_a_refusal_that_leaves_the_worker_alive(tiny: Path,
             device.measure(large)
         assert device.measure(tiny).latency_ms > 0
         assert worker_pid(device) == pid
+
+
+def test_a_worker_leaves_nothing_on_the_disk_and_reports_to_nobody(tiny: Path, tmp_path: Path) -> None:
+    # The runtime's telemetry would keep its files in these two.
+    home = tmp_path / "home"
+    home.mkdir()
+    command = ("env", f"HOME={home}", f"TMPDIR={home}", sys.executable, "-P", worker.__file__)
+    with WorkerDevice(
+        Address("cpu"), transport=LocalProcess(command), seconds=0.02, tolerance=0.01, timeout_seconds=60
+    ) as device:
+        assert device.measure(tiny).latency_ms > 0
+        assert device.kernels(tiny)
+    assert list(home.iterdir()) == []
 
 
 def worker_pid(device: WorkerDevice) -> int:
