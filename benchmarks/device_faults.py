@@ -1,5 +1,7 @@
 """Whatever befalls a worker, a line or the search: nothing is lost, doubled, or read that should not be.
 
+Claims:
+
 1. Faults are injected into the worker in a real search on digits: SIGSEGV, SIGKILL, no memory, hangs while
    loading and while running. Each fails one candidate, whose trial says why; the search goes on to its end.
 2. Lines to three boards (ssh servers on this machine) are cut while a pool measures: each file is measured

@@ -14,9 +14,11 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ from typing import Any, TypeVar
 import asyncssh
 
 HOST = "127.0.0.1"
+ENDING_SECONDS = 3.0
+"""What commands may take to end when the board is closed."""
 T = TypeVar("T")
 
 
@@ -112,8 +116,16 @@ class Board:
         return self._run(abort())
 
     def close(self) -> None:
-        """Stops listening, ends its commands by closing their stdin, and ends the thread."""
+        """Stops listening, ends its commands and the thread."""
         self.shut()
+        until = time.monotonic() + ENDING_SECONDS
+        while self.children and time.monotonic() < until:  # their stdin is closed
+            time.sleep(0.01)
+        for child in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+        while self.children:
+            time.sleep(0.01)
 
         async def settle() -> None:
             left = asyncio.all_tasks() - {asyncio.current_task()}

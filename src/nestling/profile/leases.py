@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestling.profile.processes import is_running
 from nestling.profile.store import BUSY_SECONDS, StoreError
 
 VERSION = 1
@@ -295,10 +296,6 @@ def _is_gone(owner: str) -> bool:
     host, pid, began = owner.rsplit(":", 2)
     if host != socket.gethostname():
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+    if not is_running(int(pid)):
         return True
-    except PermissionError:
-        pass
     return began != "" and _began(int(pid)) != began

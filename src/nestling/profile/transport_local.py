@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from nestling.profile import worker
+from nestling.profile.processes import private_folder
 from nestling.profile.transport import (
     CHUNK,
     STDERR_KEPT,
@@ -45,6 +48,7 @@ class LocalProcess:
         self._read_status = read_status
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr = bytearray()
+        self._folder: Path | None = None
 
     @property
     def running(self) -> bool:
@@ -66,6 +70,7 @@ class LocalProcess:
         """
         self.stop()
         self._stderr.clear()
+        self._folder = private_folder()  # a worker that is killed cannot remove its temporary files itself
         try:
             # A session of its own: Ctrl-C is for the search, which then ends its workers in order.
             self._process = subprocess.Popen(
@@ -75,8 +80,10 @@ class LocalProcess:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self._folder)},
             )
         except OSError as error:
+            self._close()
             raise DeviceError(
                 f"the worker cannot be started with {' '.join(self.command)}: {error}"
             ) from None
@@ -194,9 +201,13 @@ class LocalProcess:
     def _close(self) -> None:
         """Reaps the child, which has ended or is about to, and closes its pipes."""
         process, self._process = self._process, None
+        folder, self._folder = self._folder, None
+        if process is not None:
+            process.wait()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if process is None:
             return
-        process.wait()
         if process.stderr is not None:
             self._drain(process.stderr)
         for pipe in self._pipes(process):

@@ -38,7 +38,7 @@ _LODGE = (
     'stop() { kill -9 "$worker" 2>/dev/null; exit 143; }; trap stop HUP INT TERM; '
     'echo "nestling-worker $dir $found"; '
     'read -r go || exit 74; [ "$go" = go ] || exit 74; '
-    'exec 3<&0; "$1" -c "$3" "$dir/$4" "$4" <&3 3<&- & worker=$! ; '
+    'exec 3<&0; TMPDIR="$dir" "$1" -c "$3" "$dir/$4" "$4" <&3 3<&- & worker=$! ; '
     'exec 3<&-; wait "$worker"; exit $?'
 )  # fmt: skip
 """$1 is Python, $2 _LOOK, $3 _LAUNCH, $4 the worker's hash, $5 what it imports, $6 where folders are made."""

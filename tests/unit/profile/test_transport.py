@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,29 @@ def test_a_worker_that_does_not_answer_is_killed_in_time(blob: bytes) -> None:
         ask(transport, timeout_seconds=0.2, blob=blob)
     assert time.monotonic() - begun < 2.2
     assert gone(pid)
+
+
+def test_a_killed_worker_s_temporary_files_go_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os, tempfile; print(tempfile.mkstemp()[1], flush=True); input(); os.kill(os.getpid(), 9)"
+    theirs, strangers = tmp_path / f"nestling-worker-{os.getpid()}-x", tmp_path / "nestling-worker-gone"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    stale = tmp_path / f"nestling-worker-{ended.pid}-x"
+    for folder in (theirs, strangers, stale):
+        folder.mkdir()
+    transport = python(code)
+    transport.start()
+    left = Path(transport.line(until=time.monotonic() + 20).decode().strip())
+    assert left.exists()
+    assert left.parent.parent == tmp_path
+    assert left.parent.stat().st_mode & 0o777 == 0o700
+    transport.send(b"die\n")
+    with pytest.raises(WorkerLostError):
+        ask(transport)
+    assert {*tmp_path.iterdir()} == {theirs, strangers}
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_worker() -> None:

@@ -1,0 +1,177 @@
+"""The parts of the benchmarks of devices that can be wrong without anybody noticing."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+
+from nestling.profile.worker import RefusalError, refuse_external_data
+
+pytest.importorskip("asyncssh", reason="the benchmarks of devices need asyncssh: pip install 'nestling[ssh]'")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+FAULTS: dict[str, Any] = {
+    "sizes": {"faults": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 4, "measured": 2},
+    "faults": {
+        "injected": {"SIGSEGV": 1, "hang on run": 1}, "failed_trials": 2, "unexplained": [],
+        "failed_without_cause": 0, "doubled": 0, "wrong_on_front": 0, "front": 1,
+    },
+    "cuts": {
+        "cut": {
+            "files": 2, "cuts": 1, "failed": [], "not_measured": 0, "counted_twice": 0, "without_cause": 0,
+            "folders_left": 0,
+        },
+        "times_as_long": 1.2,
+    },
+    "files": {
+        "files": 3, "touched_outside": [], "left_behind": [], "not_named": [], "slowest_seconds": 4.1,
+        "search_grew_mb": 9.0, "workers_lost_by": {"endless loop: ended at its limit": 1},
+    },
+    "kills": {
+        "searches": [{
+            "kills": 1, "lost_or_changed": 0, "doubled": 0, "workers_left": 0, "integrity": "ok",
+            "leases_integrity": "ok", "lease_is_free": True, "evaluated": 4,
+        }],
+    },
+}  # fmt: skip
+FLEET: dict[str, Any] = {
+    "candidates": 12, "namespaces": True, "seconds": {"one": 60.0, "two": 33.0}, "part": 0.55,
+    "same_files": True, "same_accuracy": True, "counted_twice": 0,
+    "ratios_differ": {"median": 0.01, "most": 0.04},
+}  # fmt: skip
+GOOD = {"device_faults": FAULTS, "fleet": FLEET}
+BAD = [
+    ("device_faults", ("faults", "failed_trials"), 1),
+    ("device_faults", ("faults", "injected"), {"SIGSEGV": 1}),
+    ("device_faults", ("faults", "unexplained"), ["trial 3, SIGSEGV during load: Fail"]),
+    ("device_faults", ("faults", "doubled"), 1),
+    ("device_faults", ("cuts", "cut", "cuts"), 0),
+    ("device_faults", ("cuts", "cut", "counted_twice"), 1),
+    ("device_faults", ("cuts", "cut", "folders_left"), 1),
+    ("device_faults", ("cuts", "times_as_long"), 1.6),
+    ("device_faults", ("files", "touched_outside"), ["opened /canary"]),
+    ("device_faults", ("files", "slowest_seconds"), 60.0),
+    ("device_faults", ("files", "files"), 2),
+    ("device_faults", ("kills", "searches", 0, "lost_or_changed"), 1),
+    ("device_faults", ("kills", "searches", 0, "lease_is_free"), False),
+    ("device_faults", ("kills", "searches", 0, "leases_integrity"), "row 1 missing"),
+    ("fleet", ("part",), 0.66),
+    ("fleet", ("same_files",), False),
+    ("fleet", ("counted_twice",), 1),
+]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """A benchmark by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def judged(load: Load, name: str, figures: dict[str, Any], folder: Path) -> int:
+    stored = folder / "stored.json"
+    stored.write_text(json.dumps({"figures": figures}))
+    code: int = load(name).main(["--check", "--stored", "--output", str(stored)])
+    return code
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_figures_pass_and_are_the_last_line(
+    name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert judged(load, name, GOOD[name], tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == load(name).sentence(GOOD[name])
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), BAD, ids=lambda value: str(value)[:40])
+def test_a_figure_beyond_its_limit_fails_the_check(
+    name: str, keys: tuple[Any, ...], value: object, load: Load, tmp_path: Path
+) -> None:
+    figures = copy.deepcopy(GOOD[name])
+    at = figures
+    for key in keys[:-1]:
+        at = at[key]
+    assert at[keys[-1]] != value
+    at[keys[-1]] = value
+    assert judged(load, name, figures, tmp_path) == 1
+
+
+def test_hostile_files_are_what_they_say(load: Load, tmp_path: Path) -> None:
+    module = load("device_faults_files")
+    made = list(module.hostile([tmp_path / "canary"], tmp_path / "private"))
+    names = Counter(name for name, _ in made)
+    assert names["giant constant"] == 4
+    for name, content in made:
+        if name.startswith("external"):
+            with pytest.raises(RefusalError):
+                refuse_external_data(content)
+    by_name = dict(made)
+    assert str(tmp_path / "canary").encode() in by_name["external sparse"] + b"".join(c for _, c in made)
+    for name in ("nested functions", "endless loop", "giant expansion"):
+        refuse_external_data(by_name[name])  # nothing that reading could find is wrong with them
+        assert onnx.load_from_string(by_name[name]).graph.node
+
+
+def test_mutations_differ_and_repeat(load: Load, tmp_path: Path) -> None:
+    module = load("device_faults_files")
+    whole = [module.endless_loop(5)]
+
+    def made(seed: int) -> list[tuple[str, bytes]]:
+        found = module.files(150, whole=whole, canaries=[tmp_path / "c"], folder=tmp_path, seed=seed)
+        return list(found)
+
+    assert len(made(0)) == 150
+    assert made(0) == made(0) != made(1)
+    mutated = [content for name, content in made(0) if name == "mutated network"]
+    assert sum(content != whole[0] for content in mutated) > 0.9 * len(mutated)
+
+
+def test_a_plan_of_faults_comes_to_its_end_each_kind_alike_often(load: Load, tmp_path: Path) -> None:
+    module, plan = load("device_faults_worker"), tmp_path / "plan.json"
+    module.new_plan(plan, faults=10, seed=0)
+    rng = random.Random(0)
+    for _ in range(200):
+        verb = rng.choice(("load", "optimized", "time", "predict"))
+        kind = module.fault(verb, plan)
+        if kind is not None and kind.startswith("hang"):
+            assert kind.endswith("load") == (verb in module.LOADS)
+    happened = Counter(fault["kind"] for fault in module.read_plan(plan)["happened"])
+    assert happened == dict.fromkeys(module.KINDS, 2)
+    assert module.SAID.keys() == set(module.KINDS)
+
+
+@pytest.mark.parametrize(("kind", "status"), [("SIGSEGV", -11), ("SIGKILL", -9), ("out of memory", 1)])
+def test_a_fault_befalls(kind: str, status: int) -> None:
+    code = f"import sys; sys.path.append({str(BENCHMARKS)!r}); "
+    code += f"import device_faults_worker; device_faults_worker.befall({kind!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert status < 0 or "MemoryError" in done.stderr
+
+
+def test_a_watch_sees_who_opens_makes_and_reads_through_a_hard_link(load: Load, tmp_path: Path) -> None:
+    canary, other = tmp_path / "canary", tmp_path / "other"
+    canary.write_text("secret")
+    other.mkdir()
+    (other / "linked").hardlink_to(canary)
+    with load("watching").Watch([tmp_path, other]) as watch:
+        assert watch.seen() == []
+        (other / "linked").read_text()
+        assert [event for event in watch.seen() if "opened" in event and "linked" in event]
+        (tmp_path / "new").touch()
+        assert [event for event in watch.seen() if "made" in event and str(tmp_path / "new") in event]
+        assert watch.seen() == []
