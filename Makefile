@@ -38,6 +38,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/search_efficiency.py
 	$(BIN)/python benchmarks/search_overhead.py
 	$(BIN)/python benchmarks/search_workers.py
+	$(BIN)/python benchmarks/device_faults.py
+	$(BIN)/python benchmarks/fleet.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

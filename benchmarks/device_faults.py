@@ -59,7 +59,7 @@ from nestling.search import Trial
 
 PARTS = ("faults", "cuts", "files", "kills")
 FULL = {"faults": 100, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "measured": 120}
-QUICK = {"faults": 10, "cuts": 4, "files": 130, "kills": 4, "trials": 24, "measured": 24}
+QUICK = {"faults": 10, "cuts": 3, "files": 130, "kills": 4, "trials": 24, "measured": 36}
 HANG_SECONDS = 4.0
 """What a call of the device may take where hangs are injected, and for a hostile file."""
 MEMORY_MB = 4096

@@ -374,6 +374,7 @@ def test_a_lease_is_renewed_while_its_file_is_timed(make: Made, tmp_path: Path) 
     thread.start()
     wait_for(lambda: len(pool.queue.attempts()) == 1)
     time.sleep(0.4)
+    assert pool.queue.take(None, ["ssh://0/ort:cpu?threads=1"]) is None
     slow.gate.set()
     thread.join()
     assert outcomes(pool) == [("0", "measured")]
