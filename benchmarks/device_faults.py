@@ -251,8 +251,8 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
     device = WorkerDevice(
         parse_address(f"ort:cpu?memory={MEMORY_MB}M"),
         transport=LocalProcess(
-            ("env", "-C", str(private), f"TMPDIR={private}", f"HOME={private}", sys.executable, "-P",
-             str(Path(_worker_file()).resolve()))
+            ("env", "-u", "PYTHONPATH", "-C", str(private), f"TMPDIR={private}", f"HOME={private}",
+             sys.executable, "-P", str(Path(_worker_file()).resolve()))
         ),
         seconds=0.02,
         tolerance=0.05,
