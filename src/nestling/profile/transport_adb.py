@@ -70,6 +70,7 @@ class AdbProcess:
         self.adb, self.temporary = adb, temporary
         self._shell: LocalProcess | None = None
         self._lodging: Lodging | None = None
+        self._orphan: str | None = None
 
     @property
     def running(self) -> bool:
@@ -102,6 +103,9 @@ class AdbProcess:
         try:
             until = time.monotonic() + CONNECT_SECONDS
             self._lodging = self._greeted(shell, until)
+            if self._orphan is not None:  # a worker that was cut off would disturb the new one
+                self._run("shell", "-T", kill_command(self._orphan))
+                self._orphan = None
             check_python(self._lodging, self.place.python, where=str(self.place))
             self._push(source, f"{self._lodging.folder}/{name}")
             shell.send(GO)
@@ -126,6 +130,7 @@ class AdbProcess:
             answer = self._shell.exchange(request, blob, timeout_seconds=timeout_seconds)
         except WorkerLostError as error:
             if self._shell.status == LINE_LOST:
+                self._orphan = self.folder
                 raise LineLostError(f"the line to {self.place} was lost: {error}") from None
             raise
         finally:

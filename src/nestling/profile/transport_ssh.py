@@ -66,6 +66,8 @@ class SshProcess:
         self.modules = tuple(modules)
         self._loop: _LoopThread | None = None
         self._lodger: _Lodger | None = None
+        self._orphan: str | None = None
+        """The folder of a worker whose line was cut: it may still be at work on the board."""
 
     @property
     def running(self) -> bool:
@@ -91,7 +93,8 @@ class SshProcess:
         _require_asyncssh()
         self._loop = _LoopThread(f"nestling {self.place}")
         try:
-            self._lodger = self._loop.run(_move_in(self.place, self.modules))
+            self._lodger = self._loop.run(_move_in(self.place, self.modules, orphan=self._orphan))
+            self._orphan = None
         except BaseException:
             self._close()
             raise
@@ -111,6 +114,9 @@ class SshProcess:
         answer: Answer | None = None
         try:
             answer = self._loop.run(self._lodger.exchange(request, blob, timeout_seconds))
+        except LineLostError:
+            self._orphan = self.folder
+            raise
         finally:
             # Also where Ctrl-C came in the middle: the rest of an answer must not be taken for the next one.
             if answer is None:
@@ -267,10 +273,17 @@ def _require_asyncssh() -> None:
         raise DeviceError("devices behind ssh need asyncssh; pip install 'nestling[ssh]'") from None
 
 
-async def _move_in(place: SshPlace, modules: Sequence[str]) -> _Lodger:
-    """A worker on the board, which was just started."""
+async def _move_in(place: SshPlace, modules: Sequence[str], *, orphan: str | None) -> _Lodger:
+    """A worker on the board, which was just started; one that was cut off before is ended first.
+
+    Left to itself it would work on until it wants to answer, beside the new one, and disturb its timing.
+    """
     connection = await _call(place)
     try:
+        if orphan is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(KILL_SECONDS):
+                    await connection.run(kill_command(orphan), check=False)
         return await _lodge(place, connection, modules)
     except BaseException:
         await _hang_up(connection)

@@ -186,6 +186,20 @@ def test_a_cut_line_is_told_from_a_dead_worker_and_the_board_tidies_up(
     ask(transport)
 
 
+def test_a_worker_that_was_cut_off_in_its_work_does_not_disturb_the_next_one(
+    board: Any, transport: SshProcess
+) -> None:
+    transport.start()
+    pid = worker_pid(transport)
+    os.kill(pid, signal.SIGSTOP)  # busy, and deaf to the end of its line
+    threading.Timer(0.05, board.cut).start()
+    with pytest.raises(LineLostError):
+        ask(transport)
+    transport.start()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert [str(folder) for folder in board.lodgings()] == [transport.folder]
+
+
 def test_a_folder_whose_owner_was_killed_goes_with_the_next_worker(board: Any, transport: SshProcess) -> None:
     transport.start()
     os.kill(owner_pid(transport), signal.SIGKILL)
