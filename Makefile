@@ -40,6 +40,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/search_workers.py
 	$(BIN)/python benchmarks/device_faults.py
 	$(BIN)/python benchmarks/fleet.py
+	$(BIN)/python benchmarks/timing_repeatability.py
+	$(BIN)/python benchmarks/profile_agreement.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

@@ -206,7 +206,8 @@ class Bench:
             partial(session(path, ours=is_ours).run, None, {"images": image})
             for path, is_ours in zip((one, other), ours, strict=True)
         ]
-        times = np.array(interleave(*calls, seconds=self.seconds, tolerance=0.003), dtype=float)
+        timed = interleave(*calls, seconds=self.seconds, tolerance=0.003)
+        times = np.array((timed.candidate, timed.reference), dtype=float)
         low, middle, high = median_interval(times[0] / times[1])
         return {
             "ratio": round(middle, 4),

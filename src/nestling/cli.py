@@ -334,18 +334,80 @@ def report(folder: RunFolder) -> None:
 
 @app.command()
 def profile(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
-    device: Annotated[str, typer.Option(help="Such as ort:cpu?threads=1.")] = "ort:cpu?threads=1",
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="MODEL.onnx...", help="ONNX files with their weights inside.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Such as ort:cpu?threads=1 or openvino:cpu; again for further ones. "
+            "[default: ort:cpu?threads=1]",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="The longest that timing may take.")] = 3.0,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Tell the time of each node.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with a picture of the nodes' times.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Tell how many times faster the first of two files is.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the latency of an ONNX file on a device."""
+    """Measure the latency of ONNX files on devices, or compare two files."""
+    if not models:
+        raise typer.BadParameter("give at least one ONNX file")
+    if compare and (len(models) != 2 or nodes or html is not None):
+        raise typer.BadParameter("--compare takes two files, and neither --nodes nor --html")
     from nestling import console
-    from nestling.profile import connect
+    from nestling.profile import compare_files, connect, profile_file
 
-    with connect(device, seconds=seconds) as connected:
-        measurement = connected.measure(model)
-    console.print_measurement(model, measurement, as_json=as_json)
+    timeout, compared, profiles = max(120.0, 3 * seconds), [], []
+    for address in device or ["ort:cpu?threads=1"]:
+        with connect(address, seconds=seconds, timeout_seconds=timeout) as connected:
+            if compare:
+                compared.append(compare_files(connected, models[0], models[1], seconds=2 * seconds))
+            for model in [] if compare else models:
+                profiles.append(profile_file(connected, model, nodes=nodes or html is not None))
+    if compare:
+        console.print_comparisons(compared, as_json=as_json)
+        return
+    if html is not None:
+        from nestling import pipeline
+
+        pipeline.write_profile_page(profiles, html)
+    console.print_profiles(profiles, nodes=nodes, as_json=as_json)
+
+
+@app.command()
+def devices(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|STORE]...", help="Runs or stores whose devices are listed too."),
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Time the reference model beside itself on those of this machine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the devices of this machine, and those that runs were measured on; and how noisy each is."""
+    from nestling import console
+    from nestling.profile import devices_here, devices_in, with_aa_spread
+
+    stores = [place / "measurements.db" if place.is_dir() else place for place in places or []]
+    for store in stores:
+        if not store.exists():
+            raise typer.BadParameter(f"there is no store of measurements {store}")
+    found = devices_here()
+    if noise:
+        found = [with_aa_spread(one) if one.fingerprint is not None else one for one in found]
+    for store in stores:
+        found += devices_in(store)
+    console.print_devices(found, as_json=as_json)
 
 
 @app.command()

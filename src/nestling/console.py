@@ -15,8 +15,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from nestling.pipeline import (
+        Comparison,
+        DeviceSummary,
+        FileProfile,
         Forecast,
-        Measurement,
         ReportFiles,
         SearchResult,
         Spent,
@@ -241,7 +243,8 @@ def print_trials(result: SearchResult) -> None:
     for heading in ("key", *metrics):
         table.add_column(heading, justify="right")
     for trial in result.front:
-        table.add_row(trial.arch.key, *(f"{trial.metrics[name]:.4g}" for name in metrics))
+        cells = (trial.metrics.get(name) for name in metrics)  # records of before lack some
+        table.add_row(trial.arch.key, *("" if cell is None else f"{cell:.4g}" for cell in cells))
     _wide().print(table)
 
 
@@ -284,39 +287,126 @@ def _top1(row: Mapping[str, Any]) -> str:
     return f"{row['top1']:.2%} ({low:.1%}-{high:.1%})"
 
 
-def print_measurement(model: Path, measurement: Measurement, *, as_json: bool) -> None:
-    """One file's latency."""
-    low, high = measurement.interval_ms
+def print_profiles(profiles: Sequence[FileProfile], *, nodes: bool, as_json: bool) -> None:
+    """What files take on devices, a column each; then where their time goes, if `nodes` says so."""
     if as_json:
-        figures = {
-            "model": str(model),
-            "device": measurement.device,
-            "latency_ms": measurement.latency_ms,
-            "interval_ms": [low, high],
-            "p90_ms": measurement.p90_ms,
-            "p99_ms": measurement.p99_ms,
-            "ratio_to_reference": measurement.ratio,
-            "ratio_interval": list(measurement.ratio_interval),
-            "runs": len(measurement.seconds),
-            "load_seconds": measurement.load_seconds,
-            "first_seconds": measurement.first_seconds,
-            "unstable": measurement.unstable,
-        }
-        print(json.dumps(figures, indent=2))
+        print(json.dumps([profile.to_json() for profile in profiles], indent=2))
         return
-    table = Table(title=f"{model} on {measurement.device}", show_header=False)
-    table.add_row("median", f"{measurement.latency_ms:.3f} ms (95 %: {low:.3f} to {high:.3f})")
-    table.add_row("p90, p99", f"{measurement.p90_ms:.3f} ms, {measurement.p99_ms:.3f} ms")
-    ratio_low, ratio_high = measurement.ratio_interval
-    table.add_row("x reference model", f"{measurement.ratio:.3f} (95 %: {ratio_low:.3f} to {ratio_high:.3f})")
-    table.add_row(
-        "first run, loading",
-        f"{measurement.first_seconds * 1e3:.1f} ms, {measurement.load_seconds * 1e3:.0f} ms",
+    table = Table(title="Timed in turns with a reference model", title_justify="left")
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
+    for number, profile in enumerate(profiles):
+        table.add_column(f"{profile.path}\n{profile.measurement.device}", justify="right", overflow="fold")
+        for name, told in _profile_facts(profile).items():
+            row = rows.setdefault(name, [])
+            row.extend([""] * (number - len(row)))
+            row.append(told)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console = _wide()
+    console.print(table)
+    for profile in profiles:
+        for reason in profile.measurement.unstable_because:
+            where = f"{profile.path} on {profile.measurement.device}"
+            console.print(f"unstable, measure again: {where}: {reason}", markup=False, style="yellow")
+        if nodes:
+            console.print(_node_table(profile))
+
+
+def _profile_facts(profile: FileProfile) -> dict[str, str]:
+    taken = profile.measurement
+    told = taken.conditions
+    (low, high), (ratio_low, ratio_high) = taken.interval_ms, taken.ratio_interval
+    facts = {
+        "median": f"{taken.latency_ms:.3f} ms",
+        "95 % of it": f"{low:.3f} to {high:.3f} ms",
+        "p90, p99": f"{taken.p90_ms:.3f}, {taken.p99_ms:.3f} ms",
+        "x reference model": f"{taken.ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+        "first run, loading": f"{taken.first_seconds * 1e3:.1f} ms, {taken.load_seconds * 1e3:.0f} ms",
+        "runs": str(len(taken.seconds)),
+        "input": "\n".join(map(str, profile.inputs)),
+    }
+    if told.peak_bytes is not None:
+        facts["peak memory"] = si(told.peak_bytes, "B")
+    if told.waited is not None:
+        facts["kept waiting"] = f"{told.waited:.1%} of the time"
+    if told.celsius is not None:
+        facts["temperature"] = f"{told.celsius:.0f} C"
+    if told.mhz is not None:
+        facts["clock"] = f"{told.mhz:,.0f} MHz"
+    for name, joules in profile.joules.items():
+        facts[f"energy, {name}"] = f"{si(joules, 'J')} a run"
+    if taken.elsewhere is not None:
+        moved = taken.elsewhere
+        facts["ran elsewhere"] = f"{moved.kernels:.1%} of nodes, {moved.time:.1%} of time"
+    return facts
+
+
+def _node_table(profile: FileProfile, *, most: int = 25) -> Table:
+    whole = profile.nodes_ms or 1.0
+    dearest = sorted(profile.nodes, key=lambda node: -(node.microseconds or 0.0))
+    shown = dearest[:most]
+    table = Table(
+        title=f"{profile.path} on {profile.measurement.device}: {len(dearest)} nodes, {whole:.3f} ms",
+        title_justify="left",
     )
-    table.add_row("runs", str(len(measurement.seconds)))
-    if measurement.unstable:
-        table.add_row("unstable", "the machine was busy; measure again")
-    _wide().print(table)
+    for heading in ("node", "operator", "reads", "us", "share"):
+        table.add_column(heading, justify="right" if heading in ("us", "share") else "left")
+    for node in shown:
+        microseconds = node.microseconds or 0.0
+        reads = " ".join(dict.fromkeys(node.reads))
+        table.add_row(node.name, node.op, reads, f"{microseconds:.1f}", f"{microseconds / 1e3 / whole:.1%}")
+    if len(dearest) > most:
+        rest = sum(node.microseconds or 0.0 for node in dearest[most:])
+        table.add_row(f"{len(dearest) - most} others", "", "", f"{rest:.1f}", f"{rest / 1e3 / whole:.1%}")
+    return table
+
+
+def print_comparisons(compared: Sequence[Comparison], *, as_json: bool) -> None:
+    """How many times faster one file is than another, on each device."""
+    if as_json:
+        print(json.dumps([one.to_json() for one in compared], indent=2))
+        return
+    console = Console(soft_wrap=True)
+    for one in compared:
+        print(f"{one.device}: {one.sentence()}")
+        console.print(
+            f"  medians {one.first_ms:.3f} and {one.second_ms:.3f} ms, {len(one.speedups)} fresh workers",
+            highlight=False,
+        )
+        if one.unstable:
+            console.print("  unstable: the rounds disagree; compare again", style="yellow")
+
+
+def print_devices(found: Sequence[DeviceSummary], *, as_json: bool) -> None:
+    """Devices, what they are, and how noisy they were."""
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+        return
+    table = Table()
+    for heading in ("device", "where", "fingerprint", "measured", "interval", "reference", "A/A"):
+        table.add_column(
+            heading, justify="left" if heading in ("device", "where", "fingerprint") else "right"
+        )
+    for one in found:
+        kind = one.fingerprint
+        table.add_row(
+            one.address,
+            one.source,
+            f"cannot be used: {one.refusal}" if kind is None else f"{kind.key}: {kind}",
+            str(one.measurements or ""),
+            *(
+                "" if part is None else f"+-{part:.2%}"
+                for part in (one.interval, one.reference_spread, one.aa_spread)
+            ),
+        )
+    console = _wide()
+    console.print(table)
+    console.print(
+        "interval: half of that of a ratio, the median; reference: the spread of the reference model's time "
+        "over measurements; A/A: that of its ratio to itself (--noise)",
+        style="dim",
+    )
 
 
 def print_precisions(facts: Mapping[str, Any], *, as_json: bool) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from nestling.config import load_config
+from nestling.profile import MeasurementStore, connect
+from nestling.profile.reference import reference_model
 from nestling.run import Run
 from nestling.space import load_space
 
@@ -51,6 +53,7 @@ def test_help_lists_every_command() -> None:
         "finetune",
         "report",
         "profile",
+        "devices",
         "precisions",
         "space",
     ):
@@ -77,6 +80,9 @@ def test_help_lists_every_command() -> None:
         (("frobnicate",), 2, "No such command"),
         (("profile", "nowhere.onnx"), 3, "nowhere.onnx"),
         (("profile", "nowhere.onnx", "--device", "ort:gpu"), 3, "ort:gpu"),
+        (("profile",), 2, "give at least one ONNX file"),
+        (("profile", "--compare", "one.onnx"), 2, "--compare takes two files"),
+        (("devices", "nowhere"), 2, "there is no store of measurements nowhere"),
         (("precisions", "ort:gpu"), 3, "ort:gpu"),
     ],
 )
@@ -175,3 +181,34 @@ def test_space_as_json_is_on_stdout_alone() -> None:
     assert done.stderr == ""
     assert summary["size"] > 10**6
     assert summary["smallest"]["macs"] < summary["largest"]["macs"]
+
+
+def test_a_file_is_profiled_as_a_table_and_as_json(tmp_path: Path) -> None:
+    model = tmp_path / "reference.onnx"
+    model.write_bytes(reference_model())
+    arguments = ("profile", str(model), "--seconds", "0.05", "--nodes")
+    shown = _nestling(*arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert "stage4.block1.project" in shown.stdout
+    assert "images: float32 1x3x96x96" in shown.stdout
+    [held] = json.loads(_nestling(*arguments, "--json").stdout)
+    assert held["device"] == "ort:cpu?threads=1"
+    assert 0.8 < held["ratio_to_reference"] < 1.25  # it is the reference model itself
+    assert sum(node["op"] == "Conv" for node in held["nodes"]) == 28
+
+
+def test_the_devices_of_this_machine_and_of_a_store_are_listed(tmp_path: Path) -> None:
+    model = tmp_path / "reference.onnx"
+    model.write_bytes(reference_model())
+    store = MeasurementStore(tmp_path / "measurements.db")
+    with connect("ort:cpu", seconds=0.05, store=store) as device:
+        store.put(device.measure(model), file="f", settings="s")
+        key = device.fingerprint.key
+    done = _nestling("devices", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    here = {one["address"]: one for one in listed if one["source"] == "here"}
+    assert here["ort:cpu"]["fingerprint_key"] == key
+    [stored] = [one for one in listed if one["source"] == str(store.path)]
+    assert stored["fingerprint_key"] == key
+    assert stored["measurements"] >= 1

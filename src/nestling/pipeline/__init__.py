@@ -7,6 +7,7 @@ from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
 from nestling.pipeline.precisions import probe as probe_precisions
 from nestling.pipeline.precisions import table_facts
+from nestling.pipeline.profiling import write_profile_page
 from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.stages import (
     export_arch,
@@ -19,7 +20,7 @@ from nestling.pipeline.stages import (
 )
 from nestling.pipeline.studies import limit_overrides, searched
 from nestling.pipeline.training import join_ranks, train_supernet
-from nestling.profile import Measurement
+from nestling.profile import Comparison, DeviceSummary, FileProfile
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial, end_with_input
 from nestling.train.account import Spent
@@ -27,9 +28,11 @@ from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress as TrainingProgress
 
 __all__ = [
+    "Comparison",
+    "DeviceSummary",
+    "FileProfile",
     "Forecast",
     "Listener",
-    "Measurement",
     "ReportFiles",
     "SearchResult",
     "Silent",
@@ -61,4 +64,5 @@ __all__ = [
     "table_facts",
     "train_supernet",
     "tuning",
+    "write_profile_page",
 ]

@@ -31,9 +31,11 @@ _NARROW = {"float32": {"int8", "uint8", "int4", "uint4"}, "float16": {"float16"}
 """What a kernel reads that computes in a precision, by the type of the precision's floats."""
 _CARRYING = {
     "QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshape", "Flatten", "ReorderInput",
-    "ReorderOutput",
+    "ReorderOutput", "Reorder",
 }  # fmt: skip
 """Kernels that compute nothing: they convert or move numbers."""
+_CONVERTED = (".quantized", ".dequantized", ".bfloat16", ".float16")
+"""What the file appends to the name of a tensor that it converts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,7 @@ def _judge(kernels: Sequence[Kernel], graph: Graph, precision: Precision, probe:
     """Whether the kernels that computed the probe's operator read narrow numbers; and which they were."""
     subjects = probe.subjects(graph)
     others = {operator.name for operator in graph.operators} - subjects
-    computing = [kernel for kernel in kernels if kernel.op not in _CARRYING]
+    computing = [kernel for kernel in kernels if not _carries(kernel)]
     # Fused, an operator bears its neighbour's name; taken apart, none.
     own = [kernel for kernel in computing if kernel.name not in others] or computing
     narrow = _NARROW[precision.floats]
@@ -246,6 +248,11 @@ def _judge(kernels: Sequence[Kernel], graph: Graph, precision: Precision, probe:
     told = ", ".join(dict.fromkeys(f"{kernel.op} of {kind}" for kernel, kind in zip(own, types, strict=True)))
     executed = bool(own) and all(narrow & set(kernel.reads) for kernel in own)
     return "executed" if executed else "simulated", told
+
+
+def _carries(kernel: Kernel) -> bool:
+    """Whether it computes nothing; OpenVINO runs the file's roundings and casts as a `Subgraph` each."""
+    return kernel.op in _CARRYING or (kernel.op == "Subgraph" and kernel.name.endswith(_CONVERTED))
 
 
 def _is_plain(precision: Precision) -> bool:

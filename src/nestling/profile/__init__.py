@@ -1,9 +1,12 @@
 """Latency that is true: a file timed in a worker process, interleaved with the device's reference model."""
 
 from nestling.profile.address import Address, parse_address
+from nestling.profile.comparison import Comparison, compare_files
 from nestling.profile.devices import Device, WorkerDevice, connect
-from nestling.profile.kernels import Kernel, OptimizedOp
-from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.file_profile import FileProfile, profile_file
+from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
+from nestling.profile.known import DeviceSummary, devices_here, devices_in, with_aa_spread
+from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
 from nestling.profile.pool import DevicePool, open_device
 from nestling.profile.roster import DevicesGoneError
 from nestling.profile.store import MeasurementStore, StoreError, file_key
@@ -11,21 +14,32 @@ from nestling.profile.transport import DeviceError, LineLostError, WorkerLostErr
 
 __all__ = [
     "Address",
+    "Comparison",
+    "Conditions",
     "Device",
     "DeviceError",
     "DevicePool",
+    "DeviceSummary",
     "DevicesGoneError",
+    "Elsewhere",
+    "FileProfile",
     "Fingerprint",
     "Kernel",
     "LineLostError",
+    "MadeUp",
     "Measurement",
     "MeasurementStore",
     "OptimizedOp",
     "StoreError",
     "WorkerDevice",
     "WorkerLostError",
+    "compare_files",
     "connect",
+    "devices_here",
+    "devices_in",
     "file_key",
     "open_device",
     "parse_address",
+    "profile_file",
+    "with_aa_spread",
 ]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from nestling.profile.runtimes import RUNTIMES
 from nestling.profile.transport import DeviceError
-from nestling.profile.worker import PROVIDERS
 
 OPTIONS = ("threads", "memory")
 REMOTE_OPTIONS = (*OPTIONS, "python")
@@ -63,11 +63,16 @@ class Address:
     """The worker's address space, where it is limited, in units of 2**20 bytes."""
     place: SshPlace | AdbPlace | None = None
     """Where the worker runs; None is this machine."""
+    engine: str = "ort"
+    """What runs models: `ort`, `openvino` or `torch`."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Options of the runtime that change what is measured, in alphabetical order, as (name, value)."""
 
     @property
     def device(self) -> str:
         """The runtime and its options, without the place: boards of which it differs are not of one class."""
-        return f"ort:{self.runtime}?threads={self.threads}"
+        more = "".join(f"&{option}={value}" for option, value in self.options)
+        return f"{self.engine}:{self.runtime}?threads={self.threads}{more}"
 
     @property
     def name(self) -> str:
@@ -136,10 +141,22 @@ def parse_address(text: str) -> Address:
             raise DeviceError(f"device {text!r}: it names no runtime; write {scheme}://{where}/ort:cpu")
         place = _place(scheme, where, text)
     runtime, question, query = device.partition("?")
-    runtimes = [f"ort:{known}" for known in PROVIDERS]
-    if runtime not in runtimes:
-        raise DeviceError(f"device {text!r}: unknown runtime {runtime!r}; {_nearest(runtime, runtimes)}")
-    options = _options(query if question else None, OPTIONS if place is None else REMOTE_OPTIONS, text)
+    if runtime not in RUNTIMES:
+        raise DeviceError(
+            f"device {text!r}: unknown runtime {runtime!r}; {_nearest(runtime, list(RUNTIMES))}"
+        )
+    choices = RUNTIMES[runtime].options
+    own = OPTIONS if place is None else REMOTE_OPTIONS
+    options = _options(query if question else None, (*own, *choices), text)
+    for option, values in choices.items():
+        if option in options and options[option] not in values:
+            raise DeviceError(
+                f"device {text!r}: {option}={options[option]!r} must be one of: {', '.join(values)}"
+            )
+    # an option that says what goes without saying is the same device
+    chosen = {
+        name: options[name] for name in choices if options.get(name, choices[name][0]) != choices[name][0]
+    }
     if place is not None and "python" in options:
         if not _PYTHON.fullmatch(options["python"]):
             raise DeviceError(f"device {text!r}: python={options['python']!r} must be a path or a command")
@@ -147,11 +164,14 @@ def parse_address(text: str) -> Address:
             place = SshPlace(place.host, place.user, place.port, options["python"])
         else:
             place = AdbPlace(place.serial, options["python"])
+    engine, _, target = runtime.partition(":")
     return Address(
-        runtime.removeprefix("ort:"),
+        target,
         threads=_threads(options.get("threads", "1"), text),
         memory_mb=_megabytes(options["memory"], text) if "memory" in options else None,
         place=place,
+        engine=engine,
+        options=tuple(sorted(chosen.items())),
     )
 
 

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestling.profile.address import AdbPlace, Address, SshPlace, parse_address
-from nestling.profile.kernels import Kernel, OptimizedOp
-from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
+from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
 from nestling.profile.reference import reference_model
+from nestling.profile.runtimes import RUNTIMES
 from nestling.profile.store import MeasurementStore
 from nestling.profile.transport import Answer, DeviceError, Transport, WorkerLostError
 from nestling.profile.transport_local import LocalProcess
@@ -68,8 +69,8 @@ class Device(Protocol):
             DeviceError: as `measure`.
         """
 
-    def kernels(self, path: Path) -> tuple[Kernel, ...]:
-        """What the runtime runs for the file.
+    def kernels(self, path: Path, *, runs: int = 1) -> tuple[Kernel, ...]:
+        """What the runtime runs for the file, timed `runs` times.
 
         Raises:
             DeviceError: as `measure`.
@@ -147,15 +148,16 @@ def check_limits(address: str, *, seconds: float, tolerance: float, timeout_seco
 
 def transport_to(address: Address) -> Transport:
     """How a worker is reached at `address`."""
+    needed = ("numpy", {"ort": "onnxruntime"}.get(address.engine, address.engine))
     match address.place:
         case SshPlace():
             from nestling.profile.transport_ssh import SshProcess
 
-            return SshProcess(address.place)
+            return SshProcess(address.place, modules=needed)
         case AdbPlace():
             from nestling.profile.transport_adb import AdbProcess
 
-            return AdbProcess(address.place)
+            return AdbProcess(address.place, modules=needed)
         case None:
             return LocalProcess()
 
@@ -283,12 +285,17 @@ class WorkerDevice:
                 op=node["op"],
                 reads=tuple(node["reads"]),
                 writes=tuple(node["writes"]),
+                precision=node.get("precision"),
             )
             for node in answer.message["nodes"]
         )
 
-    def kernels(self, path: Path) -> tuple[Kernel, ...]:
+    def kernels(self, path: Path, *, runs: int = 1) -> tuple[Kernel, ...]:
         """The kernels that the runtime runs for one input of the file, in order, as its profile tells them.
+
+        Args:
+            path: the file.
+            runs: over how many runs the median of their times is taken; 50 at most, and about 2 s.
 
         Raises:
             DeviceError: as `measure`.
@@ -296,7 +303,7 @@ class WorkerDevice:
         model = self._read(path)
         with self._alone:
             self.start()
-            answer = self._ask("kernels", model, path=path, until=self._until())
+            answer = self._ask("kernels", model, path=path, until=self._until(), runs=runs)
         return tuple(
             Kernel(
                 name=_COPY.sub("", kernel["name"]),
@@ -304,6 +311,7 @@ class WorkerDevice:
                 provider=kernel["provider"],
                 reads=tuple(kernel["reads"]),
                 writes=tuple(kernel["writes"]),
+                microseconds=kernel["microseconds"],
             )
             for kernel in answer.message["kernels"]
         )
@@ -338,6 +346,40 @@ class WorkerDevice:
         with self._alone:
             return self._time(Path("the reference model"), reference_model(), seconds=seconds)
 
+    def energy(self, path: Path, *, seconds: float) -> Mapping[str, float]:
+        """Joules of one call by the name of the machine's counter; empty where the machine has none.
+
+        The file runs alone for `seconds`. A counter tells of a whole processor or board, idle parts included.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            until = self._until()
+            try:
+                self._ask("load", model, path=path, until=until, model=CANDIDATE)
+                told = self._ask("energy", path=path, until=until, model=CANDIDATE, seconds=seconds).message
+            finally:
+                self._drop(models=[CANDIDATE])
+        return {name: joules / told["calls"] for name, joules in told["joules"].items()}
+
+    def inputs(self, path: Path) -> tuple[MadeUp, ...]:
+        """The inputs that the file is timed with.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            try:
+                told = self._ask("load", model, path=path, until=self._until(), model=CANDIDATE).message
+            finally:
+                self._drop(models=[CANDIDATE])
+        return tuple(MadeUp(one["name"], one["dtype"], tuple(one["shape"])) for one in told["inputs"])
+
     def close(self) -> None:
         """Ends the worker."""
         with self._alone:
@@ -354,12 +396,16 @@ class WorkerDevice:
     def _introduce(self) -> Fingerprint:
         until = time.monotonic() + START_SECONDS
         address = self.address
+        module = RUNTIMES[f"{address.engine}:{address.runtime}"].module
         said = self._ask(
             "hello",
+            b"" if module is None else module.read_bytes(),
             until=until,
+            engine=address.engine,
             runtime=address.runtime,
             threads=address.threads,
             memory_mb=address.memory_mb,
+            options=dict(address.options),
         ).message
         reference = reference_model()
         self._ask("load", reference, until=until, model=REFERENCE)
@@ -380,7 +426,8 @@ class WorkerDevice:
         fingerprint = self.start()
         until = self._until()
         try:
-            loaded = self._ask("load", model, path=path, until=until, model=CANDIDATE).message
+            shares = ("allow_fallback", "1") in self.address.options
+            loaded = self._ask("load", model, path=path, until=until, model=CANDIDATE, shares=shares).message
             answer = self._ask(
                 "time",
                 path=path,
@@ -399,6 +446,8 @@ class WorkerDevice:
             reference_seconds=tuple(beside.tolist()),
             load_seconds=loaded["load_seconds"],
             first_seconds=loaded["first_seconds"],
+            conditions=Conditions.of(answer.message.get("conditions", {})),
+            elsewhere=Elsewhere(**moved) if (moved := loaded.get("elsewhere")) else None,
         )
 
     def _hold(self, path: Path, images: NDArray[np.float32], *, key: str | None, until: float) -> str:

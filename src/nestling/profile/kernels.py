@@ -1,8 +1,13 @@
-"""What a runtime makes of a file: the nodes that its optimizations leave, the kernels that it ran."""
+"""What a runtime makes of a file: its inputs, the nodes that optimizations leave, the kernels that ran."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+INTEGER_OPS = {"com.microsoft.QLinearConv", "QLinearConv", "com.microsoft.QGemm", "QLinearMatMul"}
+"""ONNX Runtime's operators that compute a weighted layer on integers."""
+WEIGHTED_OPS = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
+"""OpenVINO's layers that have weights, grouped convolutions by either name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,15 @@ class OptimizedOp:
     reads: tuple[str, ...] = ()
     """The tensors that it reads, constants among them; an operand that is left out is empty."""
     writes: tuple[str, ...] = ()
+    precision: str | None = None
+    """What it computes in, such as `u8` or `bf16`, where the runtime says so; ONNX Runtime does by `op`."""
+
+    @property
+    def on_integers(self) -> bool:
+        """Whether it is a convolution or a product that the runtime computes on integers."""
+        if self.precision is None:
+            return self.op in INTEGER_OPS
+        return self.op in WEIGHTED_OPS and self.precision in ("u8", "i8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +47,17 @@ class Kernel:
     reads: tuple[str, ...]
     """The types of the tensors that it read, such as `uint8` or `float`."""
     writes: tuple[str, ...]
+    microseconds: float | None = None
+    """Of one run of the file: the median of those that were timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeUp:
+    """An input that a file is timed with: random numbers, always the same."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} {'x'.join(map(str, self.shape))}"

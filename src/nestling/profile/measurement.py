@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,14 @@ WIDEST_INTERVAL = 0.05
 """A 95 % interval of the ratio that is wider than this fraction of it makes a measurement unstable."""
 WIDEST_DRIFT = 0.10
 """So does a reference model that was slower in one half of the run than in the other by more than this."""
+MOST_INTERRUPTED = 0.05
+"""So does a part of the pairs, larger than this, that other programs interrupted.
+
+A file that takes longer than the system's turns is interrupted more often than a short reference model, so
+the ratio is off, however tight its interval.
+"""
+MOST_STOLEN = 0.05
+"""So does a part that the hypervisor gave to other machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,52 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the machine told of itself while a file was timed; None where it does not tell."""
+
+    waited: float | None = None
+    """The part of the time in which the worker was ready to run and was not let run."""
+    left_out: float | None = None
+    """Pairs of calls that other programs interrupted, and that are not among the times."""
+    interrupted: float | None = None
+    """The part of the pairs among the times that were interrupted: above 0 where few were not."""
+    stolen: float | None = None
+    """The part that the hypervisor gave to other machines."""
+    others: float | None = None
+    """How many of the machine's other cores were at work, on average."""
+    switches: float | None = None
+    """How often the worker was made to leave a core."""
+    load: float | None = None
+    """The machine's load average of a minute."""
+    throttled: float | None = None
+    """How often the processor slowed itself down, for heat or power."""
+    celsius_before: float | None = None
+    celsius: float | None = None
+    """The hottest sensor, at the end."""
+    mhz_before: float | None = None
+    mhz: float | None = None
+    """The clock of the slowest core used, at the end."""
+    peak_bytes: float | None = None
+    """The most memory that the worker had, beyond what it had before it read the file."""
+
+    @classmethod
+    def of(cls, told: Mapping[str, float]) -> Conditions:
+        """What a worker answered; names that are not known here are passed over."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in told.items() if name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What ran on another provider than the address asks for, because the address allows it."""
+
+    kernels: float
+    """The part of the kernels."""
+    time: float
+    """The part of the time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """The times of one file on one device, interleaved with those of the device's reference model.
 
@@ -69,6 +123,9 @@ class Measurement:
     """From bytes to a session."""
     first_seconds: float
     """The first call, which pays for what later ones find done."""
+    conditions: Conditions = Conditions()
+    elsewhere: Elsewhere | None = None
+    """None where nothing was allowed to run elsewhere."""
 
     def __post_init__(self) -> None:
         if not self.seconds or len(self.seconds) != len(self.reference_seconds):
@@ -119,14 +176,33 @@ class Measurement:
     @property
     def unstable(self) -> bool:
         """Whether the machine was too restless for the figures to be relied on."""
+        return bool(self.unstable_because)
+
+    @property
+    def unstable_because(self) -> tuple[str, ...]:
+        """Why the figures cannot be relied on; nothing where they can."""
+        told = self.conditions
+        reasons = []
         low, high = self.ratio_interval
         if high - low > WIDEST_INTERVAL * self.ratio:
-            return True
+            reasons.append(f"the interval of the ratio is {(high - low) / self.ratio:.0%} of it")
         half = len(self.reference_seconds) // 2
+        before, after = (
+            float(np.median(part or self.reference_seconds))
+            for part in (self.reference_seconds[:half], self.reference_seconds[half:])
+        )
+        drift = max(before, after) / min(before, after) - 1
         if half == 0:
-            return True
-        before, after = np.median(self.reference_seconds[:half]), np.median(self.reference_seconds[half:])
-        return bool(max(before, after) > (1 + WIDEST_DRIFT) * min(before, after))
+            reasons.append("there is only one time")
+        elif drift > WIDEST_DRIFT:
+            reasons.append(f"the reference model was {drift:.0%} slower in one half than in the other")
+        if told.interrupted is not None and told.interrupted > MOST_INTERRUPTED:
+            reasons.append(f"other programs interrupted {told.interrupted:.0%} of the pairs")
+        if told.stolen is not None and told.stolen > MOST_STOLEN:
+            reasons.append(f"other machines of the host had the core for {told.stolen:.0%} of the time")
+        if told.throttled:
+            reasons.append(f"the processor slowed itself down {told.throttled:.0f} times")
+        return tuple(reasons)
 
     def to_json(self) -> str:
         """Every field as one JSON object."""
@@ -149,6 +225,8 @@ class Measurement:
                 reference_seconds=tuple(content["reference_seconds"]),
                 load_seconds=content["load_seconds"],
                 first_seconds=content["first_seconds"],
+                conditions=Conditions.of(content.get("conditions", {})),
+                elsewhere=Elsewhere(**moved) if (moved := content.get("elsewhere")) else None,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a measurement ({error}): {text[:80]!r}") from None

@@ -186,13 +186,13 @@ class DevicePool:
         """
         return self._by_any(lambda device: device.optimized_ops(path))
 
-    def kernels(self, path: Path) -> tuple[Kernel, ...]:
-        """What the boards' runtime runs for the file.
+    def kernels(self, path: Path, *, runs: int = 1) -> tuple[Kernel, ...]:
+        """What the boards' runtime runs for the file, timed `runs` times.
 
         Raises:
             DeviceError, DevicesGoneError: as `predict`.
         """
-        return self._by_any(lambda device: device.kernels(path))
+        return self._by_any(lambda device: device.kernels(path, runs=runs))
 
     def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
         """How long the file takes beside another one, on one of the boards.

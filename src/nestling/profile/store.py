@@ -100,6 +100,14 @@ class MeasurementStore:
             connection.execute("COMMIT")
         return self._parse(row[0])
 
+    def all(self) -> list[Measurement]:
+        """Every measurement, by file, device and settings."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT content FROM measurement ORDER BY file, fingerprint, settings"
+            ).fetchall()
+        return [self._parse(content) for (content,) in rows]
+
     def recall(self, name: str, *, fingerprint: Fingerprint) -> str | None:
         """What was remembered of the device under `name`, or None."""
         with self._open() as connection:

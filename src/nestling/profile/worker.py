@@ -4,6 +4,8 @@ One file that needs only Python, NumPy and onnxruntime: run it as a file or pass
 It reads requests from stdin and answers each on stdout, as frames: the lengths of a JSON object and of a blob
 (two big-endian 64-bit numbers), the object, the blob. The verbs are the methods that `Worker.verbs` lists.
 
+ONNX Runtime is built in. The source of a module for any other runtime comes with `hello`, as its blob.
+
 Every request carries `limit_seconds`: a worker that is still busy two seconds past it ends itself, so that a
 hung runtime does not outlive a search that was killed or a line that was cut.
 """
@@ -11,8 +13,11 @@ hung runtime does not outlive a search that was killed or a line that was cut.
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -21,11 +26,12 @@ import struct
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +40,48 @@ LENGTHS = struct.Struct(">QQ")
 LONGEST_JSON = 64 << 20
 LONGEST_BLOB = 8 << 30
 GRACE_SECONDS = 2.0
+TICKS = os.sysconf("SC_CLK_TCK") if sys.platform != "win32" else 100
+"""A second of a core, as the system counts its work."""
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-"""The execution provider of each runtime that an address may name."""
-PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
-"""What pip installs for it."""
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+    "nnapi": "NnapiExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "vitisai": "VitisAIExecutionProvider",
+    "cann": "CANNExecutionProvider",
+    "acl": "ACLExecutionProvider",
+    "dnnl": "DnnlExecutionProvider",
+    "azure": "AzureExecutionProvider",
+}
+"""The execution provider of ONNX Runtime that an address names after `ort:`."""
+PACKAGES = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "openvino": "onnxruntime-ep-openvino",
+    "qnn": "onnxruntime-qnn",
+    "dml": "onnxruntime-directml",
+    "azure": "onnxruntime",
+}
+"""What pip installs for it. The others come with builds for their system, or are built from source."""
+HELPERS = {PROVIDERS[target]: [PROVIDERS["cuda"]] for target in ("tensorrt", "nvtensorrtrtx")}
+"""What runs the nodes that a provider cannot, ahead of the CPU, where anything else may."""
+PLUGINS = {"openvino": "onnxruntime_ep_openvino"}
+"""Modules that bring a provider to a runtime that was built without it: they say where its library is."""
 INPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 INPUT_TYPES |= {f"tensor({kind})": kind for kind in ("uint8", "int8", "int32", "int64", "bool")}
+
+PROFILED_RUNS, PROFILED_SECONDS = 50, 2.0
+"""The most runs over which nodes are timed, and the time after which no further one begins."""
 
 WARM_UP_LEAST, WARM_UP_MOST = 3, 50
 """Pairs of calls before timing begins."""
@@ -48,6 +89,8 @@ PRIMING_CALLS, PRIMING_SECONDS = 8, 0.010
 """Untimed calls ahead of a timed one: at most so many, none begun after so long."""
 LEAST_PAIRS, TRUSTED_PAIRS, MOST_PAIRS = 10, 30, 2000
 """Pairs timed whatever the budget; before a tight interval is believed; at most."""
+INTERRUPTED = 0.02
+"""A call that was kept waiting for more than this part of its time was interrupted."""
 
 
 class RefusalError(Exception):
@@ -84,6 +127,18 @@ def median_interval(samples: Sequence[float] | NDArray[np.float64]) -> tuple[flo
 # Timing.
 
 
+@dataclass
+class Timed:
+    """Nanoseconds of a candidate and of a reference; the i-th of each are neighbours in time."""
+
+    candidate: list[int]
+    reference: list[int]
+    left_out: int = 0
+    """Pairs that were interrupted, and are not among them."""
+    interrupted: int = 0
+    """Pairs among them that were interrupted, kept because too few were not."""
+
+
 def interleave(
     candidate: Callable[[], object],
     reference: Callable[[], object],
@@ -91,36 +146,62 @@ def interleave(
     seconds: float,
     tolerance: float,
     clock: Callable[[], int] = time.perf_counter_ns,
-) -> tuple[list[int], list[int]]:
-    """Nanoseconds of `candidate` and of `reference`, called in turn; the i-th of each are neighbours in time.
+    timer: Callable[[Callable[[], object]], int] | None = None,
+    waited: Callable[[], int] = lambda: 0,
+) -> Timed:
+    """The times of `candidate` and of `reference`, called in turn.
 
     Which of the two goes first alternates. Ahead of each timed call the same model runs a few times untimed:
     without that the other model's leavings in the caches made a 0.26 ms network look 2.6 times slower and a
-    1.8 ms one 1.2 times slower than it is by itself. Ends when half the 95 % interval of the median ratio is
-    within `tolerance` of it, or when `seconds` have passed since the warm-up.
+    1.8 ms one 1.2 times slower than it is by itself. A pair of which one call was interrupted by other
+    programs says nothing of the models and is left out. Ends when half the 95 % interval of the median ratio
+    is within `tolerance` of it, or when `seconds` have passed since the warm-up.
+
+    Args:
+        candidate, reference: what is timed.
+        seconds: the longest that timing may take.
+        tolerance: a part of the ratio.
+        clock: nanoseconds.
+        timer: runs a call and gives its nanoseconds; by `clock` where it is None.
+        waited: nanoseconds that this process was ready to run and was not let run, counted from any moment.
     """
-    _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
-    times: tuple[list[int], list[int]] = ([], [])
-    turns = ((candidate, times[0]), (reference, times[1]))
-    end = clock() + int(seconds * 1e9)
-    check = TRUSTED_PAIRS
-    while len(times[0]) < MOST_PAIRS:
-        for call, taken in turns:
-            _prime(call, clock)
+    if timer is None:
+
+        def timer(call: Callable[[], object]) -> int:
             begun = clock()
             call()
-            taken.append(clock() - begun)
-        turns = (turns[1], turns[0])
-        count = len(times[0])
-        if count >= LEAST_PAIRS and clock() >= end:
+            return clock() - begun
+
+    _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
+    clean, spoilt = Timed([], []), Timed([], [])
+    end, check, first = clock() + int(seconds * 1e9), TRUSTED_PAIRS, 0
+    while (total := len(clean.candidate) + len(spoilt.candidate)) < MOST_PAIRS:
+        pair, interrupted = [0, 0], False
+        for turn in (first, 1 - first):
+            call = (candidate, reference)[turn]
+            _prime(call, clock)
+            before = waited()
+            pair[turn] = timer(call)
+            interrupted |= waited() - before > INTERRUPTED * pair[turn]
+        first = 1 - first
+        kept = spoilt if interrupted else clean
+        kept.candidate.append(pair[0])
+        kept.reference.append(pair[1])
+        count = len(clean.candidate)
+        if total + 1 >= LEAST_PAIRS and clock() >= end:
             break
-        if count >= check:
-            low, middle, high = median_interval(np.array(times[0]) / np.array(times[1]))
+        if count >= check and not interrupted:
+            low, middle, high = median_interval(np.array(clean.candidate) / np.array(clean.reference))
             if high - low <= 2 * tolerance * middle:
                 break
             # Looking seldom keeps the chance small that a lucky moment ends the run.
             check = count + max(count // 5, 1)
-    return times
+    lost = len(spoilt.candidate)
+    if len(clean.candidate) >= LEAST_PAIRS:
+        return Timed(clean.candidate, clean.reference, left_out=lost)
+    # too few: all of them, and the caller is told
+    everything = clean.candidate + spoilt.candidate, clean.reference + spoilt.reference
+    return Timed(*everything, interrupted=lost)
 
 
 def _warm_up(
@@ -291,10 +372,10 @@ def pin(threads: int) -> list[int]:
         raise RefusalError(
             f"threads={threads}, but this process may use {len(allowed)} cores; ask for at most those"
         )
-    before = _busy()
+    before = _ticks()
     time.sleep(0.1)
-    after = _busy()
-    busy = {core: after.get(core, 0) - before.get(core, 0) for core in allowed}
+    after = _ticks()
+    busy = {core: after.get(core, (0, 0))[0] - before.get(core, (0, 0))[0] for core in allowed}
     order = sorted(allowed, key=lambda core: (_sibling_rank(core), busy[core], -core))
     cores = sorted(order[:threads])
     os.sched_setaffinity(0, cores)
@@ -307,14 +388,14 @@ def _sibling_rank(core: int) -> int:
     return 0 if first in ("", str(core)) else 1
 
 
-def _busy() -> dict[int, int]:
-    """Ticks that each core has spent at work."""
+def _ticks(root: Path = Path("/")) -> dict[int, tuple[int, int]]:
+    """Ticks that each core has spent at work, and those of them that the hypervisor kept."""
     ticks = {}
-    for line in _lines(Path("/proc/stat")):
+    for line in _lines(root / "proc/stat"):
         name, *spent = line.split()
         if name.startswith("cpu") and name != "cpu":
             numbers = [int(word) for word in spent]
-            ticks[int(name[3:])] = sum(numbers[:8]) - sum(numbers[3:5])
+            ticks[int(name[3:])] = (sum(numbers[:8]) - sum(numbers[3:5]), sum(numbers[7:8]))
     return ticks
 
 
@@ -322,6 +403,126 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:
+        return []
+
+
+def readings(cores: Sequence[int], *, root: Path = Path("/")) -> dict[str, float]:
+    """What the machine tells of itself now, as far as it does; `cores` are this process's own.
+
+    Counters: `at`, seconds; `waited`, seconds that this process was ready to run and did not; `switches`,
+    times that it was made to leave a core; `stolen`, seconds that the hypervisor kept the cores; `others`,
+    seconds that the machine's other cores worked; `throttled`, times that the processor slowed itself down.
+    States: `load`; `celsius`, the hottest sensor; `mhz`, the slowest of the cores.
+    """
+    told = {"at": time.monotonic()}
+    if sys.platform != "win32":
+        import resource
+
+        told["switches"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+        told["load"] = os.getloadavg()[0]
+    waits = [_numbers(path, 1) for path in root.glob("proc/self/task/*/schedstat")]
+    if any(waits):
+        told["waited"] = sum(sum(found) for found in waits) / 1e9
+    ticks = _ticks(root)
+    if ticks:
+        told["stolen"] = sum(ticks[core][1] for core in cores if core in ticks) / TICKS
+        told["others"] = sum(busy for core, (busy, _) in ticks.items() if core not in cores) / TICKS
+    cpus = root / "sys/devices/system/cpu"
+    counts = (path for core in cores for path in cpus.glob(f"cpu{core}/thermal_throttle/*_count"))
+    slowed = [_numbers(path) for path in counts]
+    if any(slowed):
+        told["throttled"] = sum(sum(found) for found in slowed)
+    sensors = ("sys/class/thermal/thermal_zone*/temp", "sys/class/hwmon/*/temp*_input")
+    heats = [number for pattern in sensors for path in root.glob(pattern) for number in _numbers(path)]
+    if heats:
+        told["celsius"] = max(heats) / 1e3
+    speeds = [n for core in cores for n in _numbers(cpus / f"cpu{core}/cpufreq/scaling_cur_freq")]
+    if speeds:
+        told["mhz"] = min(speeds) / 1e3
+    return told
+
+
+class Waits:
+    """How long this process's threads were ready to run and were not let run; no time where nobody tells.
+
+    The threads are those that it has when the block begins.
+    """
+
+    def __init__(self, folder: Path = Path("/proc/self/task")) -> None:
+        self._folder = folder
+        self._files: list[int] = []
+
+    def __enter__(self) -> Waits:
+        for path in self._folder.glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                self._files.append(os.open(path, os.O_RDONLY))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def nanoseconds(self) -> int:
+        """Of all threads together, counted from their beginnings."""
+        whole = 0
+        for file in self._files:
+            with contextlib.suppress(OSError):  # a thread that has ended
+                whole += int(os.pread(file, 96, 0).split()[1])
+        return whole
+
+
+def between(before: Mapping[str, float], after: Mapping[str, float], *, cores: int) -> dict[str, float]:
+    """What happened between two readings: `waited` and `stolen` as shares of the time of `cores` cores.
+
+    `others` is the number of other cores that were at work, on average.
+    """
+    seconds = max(after["at"] - before["at"], 1e-9)
+    told = {name: after[name] for name in ("load", "celsius", "mhz") if name in after}
+    told |= {f"{name}_before": before[name] for name in ("celsius", "mhz") if name in before}
+    for name, whole in (("waited", max(cores, 1)), ("stolen", max(cores, 1)), ("others", 1)):
+        if name in before and name in after:
+            told[name] = max(after[name] - before[name], 0.0) / seconds / whole
+    for name in ("switches", "throttled"):
+        if name in before and name in after:
+            told[name] = after[name] - before[name]
+    return told
+
+
+def joules(*, root: Path = Path("/")) -> dict[str, float]:
+    """The machine's counters of energy by name: processor packages and their memory, sensors of boards.
+
+    A zone within a package's, other than memory, is part of that one's figure and left out.
+    """
+    told: dict[str, float] = {}
+    for folder in [*root.glob("sys/class/powercap/*:*"), *root.glob("sys/class/hwmon/hwmon*")]:
+        name = "".join(_lines(folder / "name")).strip()
+        if folder.name.count(":") > 1 and name != "dram":
+            continue
+        for path in [folder / "energy_uj", *folder.glob("energy*_input")]:
+            for microjoules in _numbers(path):
+                told[f"{name} {folder.name}"] = told.get(f"{name} {folder.name}", 0.0) + microjoules / 1e6
+    return told
+
+
+def forget_peak(*, folder: Path = Path("/proc/self")) -> int | None:
+    """Bytes of memory that this process has, of which its peak begins anew; None where that cannot be."""
+    try:
+        (folder / "clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _memory("VmRSS", folder=folder)
+
+
+def _memory(name: str, *, folder: Path = Path("/proc/self")) -> int:
+    lines = (line.partition(":") for line in _lines(folder / "status"))
+    return next((int(value.split()[0]) << 10 for field, _, value in lines if field == name), 0)
+
+
+def _numbers(path: Path, position: int = 0) -> list[float]:
+    """The number at that place of a file, or none where there is no such file or number."""
+    try:
+        return [float("".join(_lines(path)).split()[position])]
+    except (IndexError, ValueError):
         return []
 
 
@@ -345,51 +546,330 @@ SATURATION_PROBE = base64.b64decode(
 SATURATION_EXACT = 200
 
 
-# The runtime. `main` imports onnxruntime after putting stdout out of native code's reach; nothing imports it
+# The runtimes. `main` imports onnxruntime after putting stdout out of native code's reach; nothing imports it
 # where this file only lends its frames and statistics.
 
-Session = Any
-"""onnxruntime.InferenceSession, which carries no types."""
+Feed = Mapping[str, NDArray[Any]]
+"""The inputs of one call by name."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A session and an input for it, ready to be called."""
+class Input:
+    """An input of a model; `shape` has numbers for fixed sizes, and a name or None for open ones."""
 
-    session: Session
-    feed: Mapping[str, NDArray[Any]]
+    name: str
+    dtype: str
+    shape: Sequence[int | str | None]
 
-    def run(self) -> object:
-        """The outputs."""
-        return self.session.run(None, self.feed)
+
+class Session(Protocol):
+    """A model that a runtime has made ready."""
+
+    inputs: Sequence[Input]
+    nodes: list[dict[str, Any]] | None
+    """What the runtime has made of the model; None where nobody asked for it."""
+
+    def run(self, feed: Feed) -> list[NDArray[Any]]:
+        """The outputs for `feed`."""
+
+    def bound(self, feed: Feed) -> Callable[[], object]:
+        """Computes the outputs for `feed` whenever it is called, and nothing else: this is what is timed."""
+
+
+class Runtime(Protocol):
+    """What runs models: the seam between the worker and any runtime.
+
+    A module for one holds a class `ForeignRuntime` of this kind, made with `threads`, the address's `options`
+    and the exception to raise for `refusal`.
+    """
+
+    name: str
+    """With its version."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it says of itself beyond its name; `int8_saturates` for one."""
+
+    def open(self, model: bytes, *, with_nodes: bool) -> Session:
+        """The model, ready to run; with the nodes that are left after the runtime's optimizations."""
+
+    def profile(self, model: bytes, feed: Callable[[Session], Feed], *, runs: int) -> list[dict[str, Any]]:
+        """The kernels of one run, in order, with the microseconds of each: the median of `runs`."""
+
+    def timer(self) -> Callable[[Callable[[], object]], int] | None:
+        """What runs a call and gives its nanoseconds; None where the processor's clock does."""
+
+    def elsewhere(self, kernels: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Of `kernels`, the names of those that ran on something else than the address asks for."""
+
+
+@dataclass
+class OrtSession:
+    """A session of ONNX Runtime."""
+
+    native: Any
+    inputs: Sequence[Input]
+    nodes: list[dict[str, Any]] | None = None
+
+    def run(self, feed: Feed) -> list[NDArray[Any]]:
+        """The outputs for `feed`."""
+        outputs: list[NDArray[Any]] = self.native.run(None, feed)
+        return outputs
+
+    def bound(self, feed: Feed) -> Callable[[], object]:
+        """Computes the outputs for `feed` whenever it is called."""
+        run = self.native.run
+        return lambda: run(None, feed)
+
+
+class OrtRuntime:
+    """ONNX Runtime with one execution provider, `target`; the CPU helps out where it may."""
+
+    def __init__(self, target: str, threads: int, *, allow_fallback: bool = False) -> None:
+        import onnxruntime
+
+        self.threads, self.allow_fallback = threads, allow_fallback
+        self.name, self.provider = f"onnxruntime {onnxruntime.__version__}", PROVIDERS[target]
+        self.present: list[str] = onnxruntime.get_available_providers()
+        self.plugged: list[Any] = []
+        if self.provider in self.present:
+            return
+        self.plugged = self._plug_in(target)
+        if not self.plugged:
+            package = PACKAGES.get(target)
+            install = f"pip install {package}" if package else "install a build of onnxruntime that has it"
+            raise RefusalError(
+                f"ort:{target} needs {self.provider}, but {self.name} here has only "
+                f"{', '.join(self.present)}; {install}"
+            )
+
+    def _plug_in(self, target: str) -> list[Any]:
+        """The devices of the provider's plug-in, where one is installed; the CPU's before others."""
+        import onnxruntime
+
+        library = plugin_library(target)
+        if library is None:
+            return []
+        onnxruntime.register_execution_provider_library(self.provider, str(library))
+        found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == self.provider]
+        self.name += f", {PLUGINS[target]} {importlib.metadata.version(PLUGINS[target])}"
+        of_cpu = [device for device in found if "CPU" in str(device.device.type)]
+        return of_cpu[:1] or found[:1]
+
+    def facts(self) -> dict[str, Any]:
+        """The providers present, and whether the CPU's sums of 8-bit products are cut to 16 bits."""
+        probe = self._native(SATURATION_PROBE, on_cpu=True)
+        product = probe.run(None, {"x": np.full((1, 4, 2, 2), 255, np.uint8)})[0]
+        return {"providers": self.present, "int8_saturates": bool((product != SATURATION_EXACT).any())}
+
+    def open(self, model: bytes, *, with_nodes: bool) -> OrtSession:
+        """The session of `model`."""
+        if not with_nodes:
+            return self._session(self._native(model))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            session = self._session(self._native(model, optimized=path))
+            session.nodes = optimized_nodes(path.read_bytes())
+        return session
+
+    def profile(self, model: bytes, feed: Callable[[Session], Feed], *, runs: int) -> list[dict[str, Any]]:
+        """The kernels of one run, as the runtime's own profile tells them."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._session(self._native(model, profiled=Path(folder) / "profile"))
+            done = repeat(session.bound(feed(session)), runs)
+            events = json.loads(Path(session.native.end_profiling()).read_text())
+        taken: dict[tuple[str, str], list[int]] = {}
+        kernels: dict[tuple[str, str], dict[str, Any]] = {}
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                said, name = event["args"], event["name"].removesuffix("_kernel_time")
+                key = (name, said["node_index"])
+                taken.setdefault(key, []).append(event["dur"])
+                if key not in kernels:
+                    reads, writes = (
+                        [kind for tensor in said[f"{side}_type_shape"] for kind in tensor]
+                        for side in ("input", "output")
+                    )
+                    ran = {"name": name, "op": said["op_name"], "provider": said["provider"]}
+                    kernels[key] = {**ran, "reads": reads, "writes": writes}
+        # a node of a loop's body is there several times in each run
+        return [
+            {**kernel, "microseconds": float(np.median(taken[key])) * len(taken[key]) / done}
+            for key, kernel in kernels.items()
+        ]
+
+    def timer(self) -> None:
+        """The processor's clock: a call returns when its outputs are there."""
+
+    def elsewhere(self, kernels: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The kernels that another provider ran."""
+        return [kernel["name"] for kernel in kernels if kernel["provider"] != self.provider]
+
+    def _session(self, native: Any) -> OrtSession:
+        inputs = []
+        for value in native.get_inputs():
+            if value.type not in INPUT_TYPES:
+                raise RefusalError(
+                    f"input {value.name!r} is a {value.type}; {', '.join(INPUT_TYPES)} can be fed"
+                )
+            inputs.append(Input(value.name, INPUT_TYPES[value.type], value.shape))
+        return OrtSession(native, inputs)
+
+    def _native(
+        self,
+        model: bytes,
+        *,
+        optimized: Path | None = None,
+        profiled: Path | None = None,
+        on_cpu: bool = False,
+    ) -> Any:
+        """An InferenceSession, which carries no types."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 3
+        # By default the runtime quantizes layers that the policy left in float, next to quantized ones.
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", "WeightBiasQuantization"
+        )
+        # Otherwise the threads of the model that has just run keep spinning on the other model's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        if profiled is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profiled)
+        cpu = PROVIDERS["cpu"]
+        if on_cpu or self.provider == cpu:
+            return onnxruntime.InferenceSession(model, options, providers=[cpu])
+        # Without the second the runtime would let the CPU run what the provider cannot, and say nothing.
+        helpers = [name for name in HELPERS.get(self.provider, ()) if name in self.present]
+        providers = [self.provider, *helpers, cpu] if self.allow_fallback else [self.provider]
+        if not self.allow_fallback:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            if self.plugged:
+                options.add_provider_for_devices(self.plugged, self._plugged_options())
+                session = onnxruntime.InferenceSession(model, options)
+            else:
+                session = onnxruntime.InferenceSession(model, options, providers=providers)
+        except Exception as error:
+            if "fallback to CPU EP has been explicitly disabled" not in str(error):
+                raise
+            raise RefusalError(
+                f"{self.provider} cannot run every node of the model; with allow_fallback=1 in the address "
+                "the CPU runs the others, and their share is told"
+            ) from None
+        if session.get_providers()[0] != self.provider:
+            raise RefusalError(
+                f"asked for {self.provider}, but the session runs on {session.get_providers()[0]}"
+            )
+        return session
+
+    def _plugged_options(self) -> dict[str, str]:
+        """Options of a plug-in without which it would take all cores, and round floats where it may."""
+        if self.provider != PROVIDERS["openvino"]:
+            return {}
+        config = {"CPU": {"INFERENCE_NUM_THREADS": str(self.threads), "INFERENCE_PRECISION_HINT": "f32"}}
+        return {"load_config": json.dumps(config)}
+
+
+def plugin_library(target: str) -> Path | None:
+    """The library of the plug-in that brings the provider `target`, where one is installed."""
+    spec = importlib.util.find_spec(PLUGINS[target]) if target in PLUGINS else None
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    names = (f"libonnxruntime_providers_{target}_plugin.so", f"onnxruntime_providers_{target}_plugin.dll")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def foreign_runtime(
+    source: bytes, name: str, threads: int, options: Mapping[str, Any], *, refusal: type[Exception]
+) -> Runtime:
+    """The runtime that the module `source` describes; its classes find themselves in `sys.modules`."""
+    module = types.ModuleType(f"nestling_{name}_runtime")
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, f"<{module.__name__}>", "exec"), vars(module))
+    except ImportError as error:
+        raise RefusalError(f"{name} needs the package {error.name}; pip install {error.name}") from None
+    made: Runtime = module.ForeignRuntime(threads, options, refusal=refusal)
+    return made
+
+
+def repeat(call: Callable[[], object], runs: int) -> int:
+    """How many times `call` ran: `runs`, or fewer where they would take longer than PROFILED_SECONDS."""
+    end = time.monotonic() + PROFILED_SECONDS
+    for done in range(1, runs + 1):
+        call()
+        if time.monotonic() >= end:
+            return done
+    return runs
+
+
+def made_up(inputs: Sequence[Input]) -> Feed:
+    """Inputs of these shapes, open first sizes taken as 1: always the same numbers.
+
+    Floats are standard normal, bytes spread over 0 to 255, whole numbers 0 or 1 (which most tables have).
+
+    Raises:
+        RefusalError: a size that is not the first is open.
+    """
+    rng = np.random.default_rng(0)
+    feed: dict[str, NDArray[Any]] = {}
+    for given in inputs:
+        if any(not isinstance(size, int) for size in given.shape[1:]):
+            raise RefusalError(
+                f"input {given.name!r} has shape {list(given.shape)}; only its first size may be open: fix "
+                "the others, as `python -m onnxruntime.tools.make_dynamic_shape_fixed` does"
+            )
+        shape, dtype = [size if isinstance(size, int) else 1 for size in given.shape], np.dtype(given.dtype)
+        if dtype.kind == "f":
+            feed[given.name] = rng.standard_normal(shape).astype(dtype)
+        else:
+            feed[given.name] = rng.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
+    return feed
 
 
 @dataclass
 class Opened:
     """A session, kept for whatever is asked next of the same model: opening one costs most of what is asked.
 
-    `first_seconds` is None until it has been called; `nodes` is None where nobody asked for them.
+    `first_seconds` is None until it has been called.
     """
 
     key: str
     session: Session
     load_seconds: float
     first_seconds: float | None = None
-    nodes: list[dict[str, Any]] | None = None
+    resident: int | None = None
+    """Bytes of memory that the process had before, as long as nothing else was asked since."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and an input for it, ready to be called."""
+
+    feed: Feed
+    run: Callable[[], object]
+    opened: Opened
 
 
 class Worker:
     """What the worker has been told and given: a runtime, models, arrays. Each verb is a method."""
 
     def __init__(self) -> None:
-        self.runtime, self.threads = "cpu", 1
+        self.runtime: Runtime | None = None
+        self.cores: list[int] = []
         self.models: dict[str, Loaded] = {}
         self.arrays: dict[str, NDArray[Any]] = {}
         self.last: Opened | None = None
         self.verbs: dict[str, Callable[[Mapping[str, Any], bytearray], tuple[dict[str, Any], bytes]]] = {
+            "runtimes": self.runtimes,
             "hello": self.hello,
             "load": self.load,
             "time": self.time,
+            "energy": self.energy,
             "hold": self.hold,
             "predict": self.predict,
             "optimized": self.optimized,
@@ -398,56 +878,106 @@ class Worker:
             "bye": self.bye,
         }
 
-    def hello(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
-        """Settles `runtime`, `threads` and `memory_mb`; answers what this machine is."""
+    def runtimes(self, _: Mapping[str, Any], __: bytearray) -> tuple[dict[str, Any], bytes]:
+        """Answers what is installed here: the runtimes with their versions, ONNX Runtime's providers."""
         import onnxruntime
 
-        self.runtime, self.threads = request["runtime"], request["threads"]
-        provider, present = PROVIDERS[self.runtime], onnxruntime.get_available_providers()
-        if provider not in present:
-            raise RefusalError(
-                f"ort:{self.runtime} needs {provider}, but onnxruntime {onnxruntime.__version__} here has "
-                f"only {', '.join(present)}; pip install {PACKAGES[self.runtime]}"
-            )
+        present = onnxruntime.get_available_providers()
+        plugged = [PROVIDERS[name] for name in PLUGINS if plugin_library(name)]
+        versions = {"onnxruntime": onnxruntime.__version__}
+        for package in ("openvino", "torch"):
+            if importlib.util.find_spec(package) is not None:
+                versions[package] = importlib.metadata.version(package)
+        # importing torch to ask it would take longer than all else
+        nvidia = Path("/dev/nvidiactl").exists()
+        return {"versions": versions, "providers": [*present, *plugged], "nvidia": nvidia}, b""
+
+    def hello(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
+        """Settles `engine`, `runtime`, `threads`, `options` and `memory_mb`; answers what this machine is."""
+        engine, target, threads = request.get("engine", "ort"), request["runtime"], request["threads"]
+        options: Mapping[str, Any] = request.get("options", {})
         if request.get("memory_mb"):
             limit_memory(request["memory_mb"])
-        cores = pin(self.threads)
-        probe = self._session(SATURATION_PROBE)
-        product = probe.run(None, {"x": np.full((1, 4, 2, 2), 255, np.uint8)})[0]
+        self.cores = pin(threads)
+        if engine == "ort":
+            self.runtime = OrtRuntime(target, threads, allow_fallback=bool(options.get("allow_fallback")))
+        else:
+            described = {**options, "target": target, "instructions": cpu_instructions()}
+            self.runtime = foreign_runtime(bytes(blob), engine, threads, described, refusal=RefusalError)
         return {
             "cpu": cpu_model(),
             "instructions": cpu_instructions(),
             "cores": os.cpu_count(),
-            "pinned": cores,
+            "pinned": self.cores,
             "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "runtime": f"onnxruntime {onnxruntime.__version__}",
-            "providers": present,
-            "int8_saturates": bool((product != SATURATION_EXACT).any()),
+            "runtime": self.runtime.name,
+            **self.runtime.facts(),
         }, b""
 
     def load(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
-        """Keeps the model in `blob` as `model`; answers how long loading and the first call took."""
-        opened = self._opened(bytes(blob))
-        self.models[request["model"]] = self._called(opened)
-        return {"load_seconds": opened.load_seconds, "first_seconds": opened.first_seconds}, b""
+        """Keeps the model in `blob` as `model`; answers how long loading and the first call took.
+
+        Where the CPU may help out, also the shares of kernels and of their time that it took over.
+        """
+        model = bytes(blob)
+        opened = self._opened(model)
+        loaded = self.models[request["model"]] = self._called(opened)
+        answer: dict[str, Any] = {
+            "load_seconds": opened.load_seconds,
+            "first_seconds": opened.first_seconds,
+            "inputs": [
+                {"name": name, "dtype": str(array.dtype), "shape": array.shape}
+                for name, array in loaded.feed.items()
+            ],
+        }
+        if request.get("shares"):
+            answer["elsewhere"] = self._elsewhere(model)
+        return answer, b""
 
     def time(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
-        """Times `model` and `reference` in turn; the blob is int64 nanoseconds, the model's come first."""
+        """Times `model` and `reference` in turn; the blob is int64 nanoseconds, the model's come first.
+
+        Answers what the machine told of itself meanwhile, and the bytes of memory that the model took.
+        """
         candidate, reference = self._model(request["model"]), self._model(request["reference"])
         gc.collect()
         gc.disable()
+        before = readings(self.cores)
         try:
-            times = interleave(
-                candidate.run,
-                reference.run,
-                seconds=request["seconds"],
-                tolerance=request["tolerance"],
-            )
+            with Waits() as waits:
+                timed = interleave(
+                    candidate.run,
+                    reference.run,
+                    seconds=request["seconds"],
+                    tolerance=request["tolerance"],
+                    timer=self._settled().timer(),
+                    waited=waits.nanoseconds,
+                )
         finally:
             gc.enable()
-        return {"count": len(times[0])}, np.array(times, dtype="<i8").tobytes()
+        told = between(before, readings(self.cores), cores=len(self.cores))
+        resident = candidate.opened.resident
+        if resident is not None and self.last is candidate.opened:
+            told["peak_bytes"] = max(_memory("VmHWM") - resident, 0)
+        count = len(timed.candidate)
+        told |= {"left_out": timed.left_out, "interrupted": timed.interrupted / count}
+        times = np.array((timed.candidate, timed.reference), dtype="<i8")
+        return {"count": count, "conditions": told}, times.tobytes()
+
+    def energy(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
+        """Runs `model` alone for `seconds`; answers the joules that each counter of the machine grew by."""
+        run = self._model(request["model"]).run
+        run()
+        before, begun, calls = joules(), time.monotonic(), 0
+        while before and time.monotonic() < begun + request["seconds"]:
+            run()
+            calls += 1
+        after = joules()
+        # a counter that went around, or vanished, tells nothing
+        used = {name: after[name] - was for name, was in before.items() if after.get(name, -1.0) >= was}
+        return {"calls": calls, "seconds": time.monotonic() - begun, "joules": used}, b""
 
     def hold(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Keeps the array in `blob` under the name `array`."""
@@ -458,14 +988,14 @@ class Worker:
     def predict(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs the model in `blob` over the held `array` (N, ...); the blob is its first output, float32."""
         opened = self._opened(bytes(blob))
-        session, loaded = opened.session, self._called(opened)
+        loaded, opened.resident = self._called(opened), None
         if len(loaded.feed) != 1:
             raise RefusalError(f"a model with {len(loaded.feed)} inputs cannot be run over images alone")
         [(name, example)] = loaded.feed.items()
         images = self.arrays[request["array"]]
         if example.shape[1:] != images.shape[1:]:
             raise RefusalError(f"input {name!r} takes {example.shape[1:]}, the images are {images.shape[1:]}")
-        fixed = isinstance(session.get_inputs()[0].shape[0], int)
+        run, fixed = opened.session.run, isinstance(opened.session.inputs[0].shape[0], int)
         size = len(example) if fixed else 32
         logits = []
         for start in range(0, len(images), size):
@@ -473,33 +1003,19 @@ class Worker:
             if fixed and len(batch) < size:
                 padded = np.zeros((size, *batch.shape[1:]), example.dtype)
                 padded[: len(batch)] = batch
-                logits.append(session.run(None, {name: padded})[0][: len(batch)])
+                logits.append(run({name: padded})[0][: len(batch)])
             else:
-                logits.append(session.run(None, {name: batch})[0])
+                logits.append(run({name: batch})[0])
         answer = np.concatenate(logits).astype("<f4")
         return {"shape": answer.shape}, answer.tobytes()
 
     def optimized(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Answers the nodes that are left of the model in `blob` after the runtime's optimizations."""
-        return {"nodes": self._opened(bytes(blob), with_nodes=True).nodes}, b""
+        return {"nodes": self._opened(bytes(blob), with_nodes=True).session.nodes}, b""
 
-    def kernels(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
-        """Runs the model in `blob` once; answers the kernels that ran and the types that they read."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = self._session(bytes(blob), profiled=Path(folder) / "profile")
-            self._ready(session).run()
-            events = json.loads(Path(session.end_profiling()).read_text())
-        kernels = []
-        for event in events:
-            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-                said = event["args"]
-                reads, writes = (
-                    [kind for tensor in said[f"{side}_type_shape"] for kind in tensor]
-                    for side in ("input", "output")
-                )
-                kernel = {"name": event["name"].removesuffix("_kernel_time"), "op": said["op_name"]}
-                kernels.append({**kernel, "provider": said["provider"], "reads": reads, "writes": writes})
-        return {"kernels": kernels}, b""
+    def kernels(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
+        """Runs the model in `blob` `runs` times; answers the kernels that ran, with types and times."""
+        return {"kernels": self._profile(bytes(blob), min(request.get("runs", 1), PROFILED_RUNS))}, b""
 
     def drop(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Forgets the named `models` and `arrays`; names not known are passed over."""
@@ -518,78 +1034,49 @@ class Worker:
             raise RefusalError(f"no model {name!r} is loaded")
         return self.models[name]
 
+    def _settled(self) -> Runtime:
+        if self.runtime is None:
+            self.runtime = OrtRuntime("cpu", 1)
+        return self.runtime
+
     def _opened(self, model: bytes, *, with_nodes: bool = False) -> Opened:
         """The session of `model`: the last one opened, where it is the same model's."""
         key = hashlib.sha256(model).hexdigest()
         last = self.last
-        if last is not None and last.key == key and not (with_nodes and last.nodes is None):
+        if last is not None and last.key == key and not (with_nodes and last.session.nodes is None):
             return last
         self.last = last = None  # or there would be three models in memory
-        if not with_nodes:
-            begun = time.perf_counter()
-            session = self._session(model)
-            self.last = Opened(key, session, time.perf_counter() - begun)
-            return self.last
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
-            begun = time.perf_counter()
-            session = self._session(model, optimized=path)
-            load_seconds = time.perf_counter() - begun
-            nodes = optimized_nodes(path.read_bytes())
-        self.last = Opened(key, session, load_seconds, nodes=nodes)
+        refuse_external_data(model)
+        resident = forget_peak()
+        begun = time.perf_counter()
+        session = self._settled().open(model, with_nodes=with_nodes)
+        self.last = Opened(key, session, time.perf_counter() - begun, resident=resident)
         return self.last
 
     def _called(self, opened: Opened) -> Loaded:
         """The session with an input, called at least once."""
-        loaded = self._ready(opened.session)
+        feed, timer = made_up(opened.session.inputs), self._settled().timer()
+        begun = time.perf_counter()
+        loaded = Loaded(feed, opened.session.bound(feed), opened)
         if opened.first_seconds is None:
-            begun = time.perf_counter()
-            loaded.run()
+            # a timer waits for the end of what a call only begins
+            _ = loaded.run() if timer is None else timer(loaded.run)
             opened.first_seconds = time.perf_counter() - begun
         return loaded
 
-    def _session(
-        self, model: bytes, *, optimized: Path | None = None, profiled: Path | None = None
-    ) -> Session:
-        import onnxruntime
-
+    def _profile(self, model: bytes, runs: int) -> list[dict[str, Any]]:
         refuse_external_data(model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        options.log_severity_level = 3
-        # By default the runtime quantizes layers that the policy left in float, next to quantized ones.
-        options.add_session_config_entry(
-            "optimization.disable_specified_optimizers", "WeightBiasQuantization"
-        )
-        # Otherwise the threads of the model that has just run keep spinning on the other model's time.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self.runtime != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        if optimized is not None:
-            options.optimized_model_filepath = str(optimized)
-        if profiled is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profiled)
-        provider = PROVIDERS[self.runtime]
-        session: Session = onnxruntime.InferenceSession(model, options, providers=[provider])
-        if session.get_providers()[0] != provider:
-            raise RefusalError(f"asked for {provider}, but the session runs on {session.get_providers()[0]}")
-        return session
+        return self._settled().profile(model, lambda session: made_up(session.inputs), runs=runs)
 
-    def _ready(self, session: Session) -> Loaded:
-        rng = np.random.default_rng(0)
-        feed = {}
-        for value in session.get_inputs():
-            if value.type not in INPUT_TYPES:
-                raise RefusalError(
-                    f"input {value.name!r} is a {value.type}; {', '.join(INPUT_TYPES)} can be fed"
-                )
-            if any(not isinstance(size, int) for size in value.shape[1:]):
-                raise RefusalError(
-                    f"input {value.name!r} has shape {value.shape}; only its first size may be open"
-                )
-            shape = [size if isinstance(size, int) else 1 for size in value.shape]
-            feed[value.name] = rng.standard_normal(shape).astype(INPUT_TYPES[value.type])
-        return Loaded(session, feed)
+    def _elsewhere(self, model: bytes) -> dict[str, float]:
+        kernels = self._profile(model, 10)
+        names = set(self._settled().elsewhere(kernels))
+        moved = [kernel["microseconds"] for kernel in kernels if kernel["name"] in names]
+        whole = sum(kernel["microseconds"] for kernel in kernels)
+        return {
+            "kernels": len(moved) / len(kernels) if kernels else 0.0,
+            "time": sum(moved) / whole if whole else 0.0,
+        }
 
 
 # Frames and the loop.

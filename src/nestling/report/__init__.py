@@ -2,6 +2,7 @@
 
 from nestling.report.content import LayerBits, Member, ReportContent, TrainingPoint, TriedArch, Tuned
 from nestling.report.page import ReportFiles, report_html, write_report
+from nestling.report.profile_page import profile_html
 
 __all__ = [
     "LayerBits",
@@ -11,6 +12,7 @@ __all__ = [
     "TrainingPoint",
     "TriedArch",
     "Tuned",
+    "profile_html",
     "report_html",
     "write_report",
 ]

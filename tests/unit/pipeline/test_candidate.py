@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import nn
 
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
-from nestling.pipeline.candidate import check_precisions
+from nestling.pipeline.candidate import check_precisions, latency_metrics, measure
 from nestling.pipeline.workbench import even_batch
-from nestling.profile import OptimizedOp
+from nestling.pipeline.writing import write_file
+from nestling.profile import DeviceError, Fingerprint, Measurement, OptimizedOp, connect
 from nestling.quant import Quantized, QuantPolicy, quantize
+from nestling.search import EvaluationFailed
 
 
 class Optimizing:
@@ -59,3 +62,62 @@ def test_a_layer_left_in_float_against_the_policy_is_named(
 @pytest.mark.parametrize(("count", "size"), [(257, 129), (256, 256), (1, 1), (512, 256), (513, 171)])
 def test_images_are_cut_into_batches_of_nearly_the_same_size(count: int, size: int) -> None:
     assert even_batch(count, at_most=256) == size
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_tells_which_layers_it_computes_on_integers(
+    two_layers: tuple[Quantized, QuantPolicy], tmp_path: Path
+) -> None:
+    quantized, policy = two_layers
+    write_file(quantized, tmp_path / "model.onnx")
+    with connect("openvino:cpu") as device:
+        check_precisions(device, tmp_path / "model.onnx", quantized, policy)
+        with pytest.raises(ExportMismatch, match="0 is computed on integers"):
+            check_precisions(device, tmp_path / "model.onnx", quantized, QuantPolicy(()))
+
+
+def restless(spread: float) -> Measurement:
+    """A measurement whose ratios are 1 and 1 + `spread`, half of them each."""
+    fingerprint = Fingerprint("ort:cpu?threads=1", "A CPU", (), 1, "Linux", "ort", "0" * 12, False)
+    return Measurement(fingerprint, (0.001, 0.001 * (1 + spread)) * 20, (0.001,) * 40, 0.1, 0.1)
+
+
+class Restless:
+    """A device that measures one after the other of `spreads`; what was done is noted."""
+
+    name = "ort:cpu?threads=1"
+
+    def __init__(self, *spreads: float) -> None:
+        self.left = [restless(spread) for spread in spreads]
+        self.done: list[object] = []
+
+    def measure(self, path: Path) -> Measurement:
+        self.done.append(path.name)
+        if not self.left:
+            raise DeviceError("gone")
+        return self.left.pop(0)
+
+
+def timed(*spreads: float) -> tuple[Measurement, list[object]]:
+    device: Any = Restless(*spreads)
+    found = measure(device, Path("net"), pauses=(0.0, 3.0), sleep=device.done.append)
+    return found, device.done
+
+
+def test_an_unstable_measurement_is_taken_again_later_until_it_is_stable() -> None:
+    assert timed(0.01) == (restless(0.01), ["net"])
+    assert timed(0.2, 0.01) == (restless(0.01), ["net", 0.0, "net"])
+    assert timed(0.2, 0.3, 0.01) == (restless(0.01), ["net", 0.0, "net", 3.0, "net"])
+
+
+def test_where_all_are_unstable_the_steadiest_counts_and_the_record_tells() -> None:
+    found, done = timed(0.3, 0.2, 0.4)
+    assert found == restless(0.2)
+    assert len(done) == 5
+    assert latency_metrics(found, reference_ms=2.0)["latency_unstable"] == 1
+    assert latency_metrics(restless(0.01), reference_ms=2.0)["latency_unstable"] == 0
+
+
+def test_a_device_that_is_lost_while_measuring_again_is_a_failure() -> None:
+    with pytest.raises(EvaluationFailed, match="gone"):
+        timed(0.2)

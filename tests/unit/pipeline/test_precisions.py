@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -192,3 +193,14 @@ def test_two_fingerprints_do_not_share_what_was_found(tmp_path: Path, cpu: Worke
     assert store.recall("a", fingerprint=cpu.fingerprint) == "two"
     assert store.recall("a", fingerprint=other) is None
     assert len(store) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_computes_unsigned_bytes_on_integers() -> None:
+    with connect("openvino:cpu") as device:
+        found = probe(device, ["w8a8", "bf16"], kinds=("Conv", "Gemm"))
+        narrow = "amx_int8" in device.fingerprint.instructions  # where there is one, there is bfloat16 too
+    told = {(one.precision, one.kind): one.status for one in found}
+    assert told["w8a8", "Conv"] == told["w8a8", "Gemm"] == "executed"
+    assert (told["bf16", "Conv"] == told["bf16", "Gemm"] == "executed") or not narrow
+    assert all(one.right for one in found)

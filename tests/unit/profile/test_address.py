@@ -23,6 +23,8 @@ from nestling.profile.address import AdbPlace, PoolAddress, SshPlace, parse_addr
         ("ssh://[::1]/ort:cpu", Address("cpu", place=SshPlace("::1"))),
         ("adb://emulator-5554/ort:cpu", Address("cpu", place=AdbPlace("emulator-5554"))),
         ("adb://10.0.0.7:5555/ort:cpu?python=py", Address("cpu", place=AdbPlace("10.0.0.7:5555", "py"))),
+        ("openvino:cpu?dtype=bf16", Address("cpu", engine="openvino", options=(("dtype", "bf16"),))),
+        ("ort:xnnpack?allow_fallback=1", Address("xnnpack", options=(("allow_fallback", "1"),))),
     ],
 )
 def test_an_address_is_read_whole(text: str, address: Address) -> None:
@@ -34,6 +36,14 @@ def test_two_spellings_of_one_device_have_one_name() -> None:
     far = "ssh://pi@[::1]:22/ort:cpu"
     assert parse_address(far).name == parse_address(f"{far}?python=python").name == f"{far}?threads=1"
     assert parse_address(parse_address(far).name).name == f"{far}?threads=1"
+    assert parse_address("openvino:cpu").name == parse_address("openvino:cpu?dtype=f32").name
+
+
+def test_what_changes_latency_is_in_the_name() -> None:
+    spelt = ("ort:cpu", "ort:cpu?threads=2", "openvino:cpu", "openvino:cpu?dtype=bf16", "ort:qnn")
+    names = {parse_address(text).name for text in (*spelt, "ort:qnn?allow_fallback=1")}
+    assert len(names) == len(spelt) + 1
+    assert {parse_address(name).name for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,8 @@ def test_two_spellings_of_one_device_have_one_name() -> None:
         ("pool:ort:cpu", "a pool cannot be used here; name one device"),
         ("ort:cpu?thread=2", "unknown option 'thread'; did you mean 'threads'"),
         ("ort:cpu?", "unknown option ''"),
+        ("ort:cpu?allow_fallback=1", "unknown option 'allow_fallback'"),
+        ("ort:cuda?allow_fallback=yes", "allow_fallback='yes' must be one of: 0, 1"),
         ("ort:cpu?threads=0", "threads='0' must be a whole number above zero"),
         ("ort:cpu?threads=two", "threads='two' must be"),
         ("ort:cpu?threads=-1", "threads='-1' must be"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nestling.profile import Fingerprint, Measurement
+from nestling.profile import Conditions, Elsewhere, Fingerprint, Measurement
 from nestling.profile.worker import interval_ranks, median_interval
 
 Measured = Callable[..., Measurement]
@@ -76,9 +77,39 @@ def test_a_wide_interval_makes_it_unstable(measured: Measured) -> None:
     assert measured(1.0).unstable
 
 
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (Conditions(interrupted=0.3), "other programs interrupted 30% of the pairs"),
+        (Conditions(stolen=0.2), "other machines of the host had the core for 20% of the time"),
+        (Conditions(throttled=2), "the processor slowed itself down 2 times"),
+    ],
+)
+def test_a_busy_or_hot_machine_makes_it_unstable_and_is_named(
+    told: Conditions, reason: str, measured: Measured
+) -> None:
+    taken = dataclasses.replace(measured(*([3.0] * 30)), conditions=told)
+    assert taken.unstable_because == (reason,)
+
+
+def test_a_machine_whose_interruptions_were_left_out_is_not_unstable(measured: Measured) -> None:
+    told = Conditions(waited=0.9, left_out=400, interrupted=0.0, load=8.0, stolen=0.01, throttled=0)
+    assert not dataclasses.replace(measured(*([3.0] * 30)), conditions=told).unstable
+
+
 def test_json_gives_back_the_same_measurement(measured: Measured) -> None:
     taken = measured(0.1, 1 / 3, 7, reference=(1, 2, 3))
     assert Measurement.from_json(taken.to_json()) == taken
+    told = dataclasses.replace(
+        taken, conditions=Conditions(waited=0.5, celsius=60.0), elsewhere=Elsewhere(0.25, 0.5)
+    )
+    assert Measurement.from_json(told.to_json()) == told
+
+
+def test_measurements_that_were_stored_before_conditions_are_read(measured: Measured) -> None:
+    held = json.loads(measured(1, 2, 3).to_json())
+    del held["conditions"], held["elsewhere"]
+    assert Measurement.from_json(json.dumps(held)) == measured(1, 2, 3)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"fingerprint": {"instructions": []}}'])

@@ -37,9 +37,11 @@ class FakeMachine:
         return run
 
     def measure(self, *, seconds: float, tolerance: float) -> tuple[list[int], list[int]]:
-        return interleave(
+        timed = interleave(
             self.call("c"), self.call("r"), seconds=seconds, tolerance=tolerance, clock=self.clock
         )
+        assert (timed.left_out, timed.interrupted) == (0, 0)
+        return timed.candidate, timed.reference
 
 
 def test_candidate_and_reference_take_turns_and_the_order_alternates() -> None:
@@ -209,13 +211,13 @@ def test_one_session_serves_all_that_is_asked_of_a_model(
     tiny: Path, tiny_model: Callable[[int | str], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    real = worker.Worker._session
+    real = worker.OrtRuntime.open
 
-    def counted(self: worker.Worker, model: bytes, *, optimized: Path | None = None) -> object:
-        opened.append(optimized is not None)
-        return real(self, model, optimized=optimized)
+    def counted(self: worker.OrtRuntime, model: bytes, *, with_nodes: bool) -> worker.OrtSession:
+        opened.append(with_nodes)
+        return real(self, model, with_nodes=with_nodes)
 
-    monkeypatch.setattr(worker.Worker, "_session", counted)
+    monkeypatch.setattr(worker.OrtRuntime, "open", counted)
     asked, model = worker.Worker(), tiny.read_bytes()
     asked.hold({"array": "images", "shape": (2, 3, 8, 8), "dtype": "<f4"}, bytearray(2 * 3 * 8 * 8 * 4))
     nodes, _ = asked.optimized({}, bytearray(model))

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nestling.profile import worker
+from nestling.profile.worker import Input, RefusalError, Waits, between, interleave, joules, made_up, readings
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Path:
+    """A machine of two cores whose files tell everything."""
+    for core, mhz in ((0, 1_200_000), (1, 800_000)):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{core}"
+        write(folder / "cpufreq/scaling_cur_freq", str(mhz))
+        write(folder / "thermal_throttle/core_throttle_count", "7")
+        write(folder / "thermal_throttle/core_throttle_total_time_ms", "900")
+    write(tmp_path / "sys/class/thermal/thermal_zone0/temp", "41000")
+    write(tmp_path / "sys/class/hwmon/hwmon0/temp1_input", "56500")
+    write(tmp_path / "sys/class/hwmon/hwmon0/name", "sensor")
+    write(tmp_path / "sys/class/hwmon/hwmon0/energy1_input", "2000000")
+    for zone, name, count in (
+        ("intel-rapl:0", "package-0", 5),
+        ("intel-rapl:0:0", "core", 3),
+        ("intel-rapl:0:1", "dram", 1),
+    ):
+        write(tmp_path / f"sys/class/powercap/{zone}/name", name)
+        write(tmp_path / f"sys/class/powercap/{zone}/energy_uj", str(count * 1_000_000))
+    write(tmp_path / "proc/stat", "cpu 1\ncpu0 100 0 0 500 0 0 0 40 0 0\ncpu1 300 0 0 5 0 0 0 0 0 0\n")
+    write(tmp_path / "proc/self/task/1/schedstat", "9 2000000000 3")
+    write(tmp_path / "proc/self/task/2/schedstat", "9 1000000000 3")
+    return tmp_path
+
+
+def test_the_machine_tells_what_its_files_hold(board: Path) -> None:
+    told = readings([0], root=board)
+    assert told["celsius"] == pytest.approx(56.5)
+    assert told["mhz"] == pytest.approx(1200)
+    assert told["throttled"] == 7  # a time is no count
+    assert told["waited"] == pytest.approx(3)
+    assert told["stolen"] * worker.TICKS == pytest.approx(40)
+    assert told["others"] * worker.TICKS == pytest.approx(300)
+
+
+def test_a_machine_that_tells_nothing_has_no_figures(tmp_path: Path) -> None:
+    assert set(readings([0], root=tmp_path)) <= {"at", "switches", "load"}
+    assert joules(root=tmp_path) == {}
+
+
+def test_what_is_inside_another_counter_of_energy_is_not_counted_twice(board: Path) -> None:
+    assert joules(root=board) == {
+        "package-0 intel-rapl:0": 5.0,
+        "dram intel-rapl:0:1": 1.0,
+        "sensor hwmon0": 2.0,
+    }
+
+
+def test_counters_become_shares_of_the_time_and_states_stay_what_they_are() -> None:
+    before = {"at": 1.0, "waited": 3.0, "stolen": 0.0, "others": 5.0, "throttled": 7.0, "celsius": 40.0}
+    after = {"at": 3.0, "waited": 4.0, "stolen": 0.2, "others": 8.0, "throttled": 9.0, "celsius": 50.0}
+    told = between(before, after, cores=2)
+    assert told == pytest.approx(
+        {
+            "waited": 0.25,
+            "stolen": 0.05,
+            "others": 1.5,
+            "throttled": 2.0,
+            "celsius_before": 40.0,
+            "celsius": 50.0,
+        }
+    )
+
+
+def test_waits_add_up_over_threads_and_a_thread_that_ends_is_no_error(board: Path) -> None:
+    with Waits(board / "proc/self/task") as waits:
+        first = waits.nanoseconds()
+        write(board / "proc/self/task/1/schedstat", "9 2000000005 3")
+        assert (first, waits.nanoseconds() - first) == (3_000_000_000, 5)
+        opened = list(waits._files)
+    for file in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
+
+
+class BusyMachine:
+    """A clock, two models of 3 and 1 ms, and another program, which interrupts where `interrupts` says.
+
+    Only timed calls are counted; an interruption takes 5 ms.
+    """
+
+    def __init__(self, interrupts: Iterator[bool]) -> None:
+        self.now = self.waited = 0
+        self.interrupts = interrupts
+
+    def run(self, milliseconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.now += int(milliseconds * 1e6)
+
+        return call
+
+    def timer(self, call: Callable[[], object]) -> int:
+        begun = self.now
+        call()
+        if next(self.interrupts):
+            self.now += 5_000_000
+            self.waited += 5_000_000
+        return self.now - begun
+
+    def measure(self, *, seconds: float) -> worker.Timed:
+        return interleave(
+            self.run(3),
+            self.run(1),
+            seconds=seconds,
+            tolerance=1e-3,
+            clock=lambda: self.now,
+            timer=self.timer,
+            waited=lambda: self.waited,
+        )
+
+
+def test_pairs_that_were_interrupted_are_left_out_and_counted() -> None:
+    # the second call of every third pair
+    timed = BusyMachine(call % 6 == 5 for call in range(10**6)).measure(seconds=10)
+    assert set(timed.candidate) == {3_000_000}
+    assert set(timed.reference) == {1_000_000}
+    assert len(timed.candidate) == worker.TRUSTED_PAIRS
+    assert timed.left_out == pytest.approx(worker.TRUSTED_PAIRS / 2, abs=1)
+    assert timed.interrupted == 0
+
+
+def test_where_nearly_all_pairs_are_interrupted_they_are_kept_and_told() -> None:
+    timed = BusyMachine(call % 12 != 5 for call in range(10**6)).measure(seconds=0.5)
+    assert timed.left_out == 0
+    assert timed.interrupted == len(timed.candidate) >= worker.LEAST_PAIRS
+
+
+def test_made_up_inputs_are_always_the_same_and_fit_their_type() -> None:
+    inputs = [
+        Input("images", "float32", ["batch", 3, 8, 8]),
+        Input("bytes", "uint8", [64]),
+        Input("tokens", "int64", [2, 16]),
+        Input("mask", "bool", [None, 16]),
+    ]
+    feed, again = made_up(inputs), made_up(inputs)
+    assert all(np.array_equal(feed[name], again[name]) for name in feed)
+    assert {name: array.dtype.name for name, array in feed.items()} == {i.name: i.dtype for i in inputs}
+    assert feed["images"].shape == (1, 3, 8, 8)
+    assert abs(float(feed["images"].mean())) < 0.3
+    assert feed["bytes"].max() > 128
+    assert set(feed["tokens"].ravel().tolist()) == {0, 1}
+
+
+def test_an_open_size_that_is_not_the_first_is_refused_with_what_would_do() -> None:
+    with pytest.raises(
+        RefusalError, match=r"'x' has shape \[1, 'h'\]; only its first.*make_dynamic_shape_fixed"
+    ):
+        made_up([Input("x", "float32", [1, "h"])])
+
+
+def test_a_module_sent_along_becomes_the_runtime() -> None:
+    source = b"""
+from dataclasses import dataclass
+@dataclass
+class ForeignRuntime:
+    threads: int
+    options: dict
+    refusal: type
+    def __post_init__(self):
+        if self.threads > 2:
+            raise self.refusal("two at most")
+"""
+    made = worker.foreign_runtime(source, "odd", 2, {"dtype": "f32"}, refusal=RefusalError)
+    assert vars(made) == {"threads": 2, "options": {"dtype": "f32"}, "refusal": RefusalError}
+    with pytest.raises(RefusalError, match="two at most"):
+        worker.foreign_runtime(source, "odd", 3, {}, refusal=RefusalError)
