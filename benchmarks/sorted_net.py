@@ -16,10 +16,10 @@ Claim (SortedNet, Valipour et al. 2023, arXiv 2309.00255): the mean accuracy of 
 
     python benchmarks/sorted_net.py --data DIR [--check] [--size cpu|quick] [--processes 2]
 
-DIR holds CIFAR-10 as Parquet. On one free core a seed of the size `cpu` takes about 40 minutes and `quick` about
-9. More networks a step are better: at `quick`, by the search split, 2 gave 0.928 and 4 gave 1.016; at `cpu` 4
-gave 0.933 and 8 gave 0.941. Finished trainings are kept in `--work`, and one that was stopped goes on from its
-last checkpoint: the same command continues a run that was killed. A table lies beside the figures.
+DIR holds CIFAR-10 as Parquet. On one free core a seed of the size `cpu` takes about 40 minutes and `quick`
+about 9. More networks a step are better: at `quick`, by the search split, 2 gave 0.928 and 4 gave 1.016; at
+`cpu` 4 gave 0.933 and 8 gave 0.941. Finished trainings are kept in `--work`, and one that was stopped goes on
+from its last checkpoint: the same command continues a run that was killed. A table lies beside the figures.
 """
 
 from __future__ import annotations
