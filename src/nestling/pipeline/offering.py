@@ -155,12 +155,24 @@ def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dic
 def _kept(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, str]:
     """Those of `choices` of which the configuration keeps every layer -> the precision of these.
 
+    None where the largest network cannot be traced: all of it is in fp32.
+
     Raises:
-        ConfigError: kept layers that there are not, or an unknown precision.
-        ValueError: the largest network cannot be traced.
+        ConfigError: kept layers that there are not, an unknown precision, or another than fp32 where the
+            largest network cannot be traced.
     """
-    graph = _largest_graph(bench, space)
-    return kept_choices(bench.family, choices, graph, keep=bench.config.quant.keep)
+    keep = bench.config.quant.keep
+    try:
+        graph = _largest_graph(bench, space)
+    except Untraceable as why:
+        asked = next(((layer, precision) for layer, precision in keep.items() if precision != "fp32"), None)
+        if asked is not None:
+            raise ConfigError(
+                f"quant.keep: {asked[0]} is {asked[1]!r}, but {why}; torch.onnx.export writes such networks, "
+                "in floats: keep it in 'fp32'"
+            ) from why
+        return {}
+    return kept_choices(bench.family, choices, graph, keep=keep)
 
 
 def _largest_graph(bench: Workbench, space: SearchSpace) -> Graph:

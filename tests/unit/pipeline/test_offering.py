@@ -148,3 +148,23 @@ def test_a_network_that_cannot_be_traced_needs_fp32(bench: Workbench) -> None:
     vars(bench)["_bare_space"] = load_space(TESTS / "toy_space.toml").only({"stem.precision": ["w8a8"]})
     with pytest.raises(ConfigError, match=r"no precision of stem\.precision .*sin .*add 'fp32'"):
         offer_precisions(bench, listener=Silent())
+
+
+def test_of_networks_that_cannot_be_traced_layers_may_be_kept_in_floats(tmp_path: Path) -> None:
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep=["first"]'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    vars(bench)["family"] = replace(bench.family, build=lambda _: Waves())
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    [note] = listener.notes
+    assert note.startswith("dropped w8a8 from stem.precision, head.precision, s1.precision: ")
+
+
+def test_of_networks_that_cannot_be_traced_no_layer_is_kept_in_few_bits(tmp_path: Path) -> None:
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep={first = "w8a8"}'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    vars(bench)["family"] = replace(bench.family, build=lambda _: Waves())
+    with pytest.raises(ConfigError, match=r"quant\.keep: first is 'w8a8', but .*sin cannot be traced"):
+        offer_precisions(bench, listener=Silent())
