@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestling.config import ConfigError
+from nestling.pipeline.policies import is_precision
 from nestling.pipeline.studies import searched
 from nestling.pipeline.workbench import Workbench
 from nestling.search import spread_along_front
@@ -76,7 +77,7 @@ def ask(bench: Workbench, subnets: int, alone: int, epochs: float | None) -> Ask
 
 def float_space(space: SearchSpace) -> SearchSpace:
     """The part of `space` in which each `*.precision` choice has its last, finest value."""
-    finest = {c.name: c.values[-1:] for c in space.choices if c.name.endswith(".precision")}
+    finest = {c.name: c.values[-1:] for c in space.choices if is_precision(c.name)}
     return space.only(finest)
 
 
@@ -98,6 +99,6 @@ def paired_indices(count: int, wanted: int) -> list[int]:
 def _front(bench: Workbench, space: SearchSpace) -> list[Arch]:
     """The members of the searched front that an export hands over, as archs of the float `space`."""
     result = searched(bench)
-    finest = {c.name: c.values[-1] for c in space.choices if c.name.endswith(".precision")}
+    finest = {c.name: c.values[-1] for c in space.choices if is_precision(c.name)}
     members = spread_along_front(result, bench.config.export.members)
     return list(dict.fromkeys(space.canonical({**trial.arch, **finest}) for trial in members))

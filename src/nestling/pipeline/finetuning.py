@@ -23,6 +23,7 @@ from nestling.pipeline.alone import new_weights, recipe_alone, train_network
 from nestling.pipeline.candidate import score, verify_candidate, write_candidate
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import hand_over
+from nestling.pipeline.policies import is_precision
 from nestling.pipeline.quantized_training import Method, defaults, record_folders, train_quantized
 from nestling.pipeline.workbench import Workbench, macs_of
 from nestling.run import write_atomically
@@ -282,4 +283,4 @@ def _accuracies(bench: Workbench, path: Path, arch: Arch) -> dict[str, Any]:
 def _is_largest(bench: Workbench, arch: Mapping[str, Any]) -> bool:
     """Whether `arch` is the space's largest network, in whatever precision."""
     largest = bench.space.largest.items()
-    return all(arch[name] == value for name, value in largest if not name.endswith(".precision"))
+    return all(arch[name] == value for name, value in largest if not is_precision(name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import float_network
-from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import QuantPolicy, weight_bits
 from nestling.quant.layers import bit_operations
@@ -51,7 +51,7 @@ def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
         Untraceable: an operation of the largest network without a translation.
     """
     space = bench.space
-    opened = {c.name: c.values for c in space.open_choices if c.name.endswith(".precision")}
+    opened = {c.name: c.values for c in space.open_choices if is_precision(c.name)}
     if not bench.config.search.sensitivity or not opened:
         return []
     known = bench.run.read_json(SENSITIVITY)
@@ -67,6 +67,8 @@ def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
 def largest_sensitivity(bench: Workbench) -> Sensitivity:
     """The sensitivity of the largest network to every precision of the space, on the calibration images.
 
+    Those that `quant.keep` keeps layers in are among them, also where no choice has them.
+
     Raises:
         RunError, Untraceable: see `seeds`.
     """
@@ -75,10 +77,11 @@ def largest_sensitivity(bench: Workbench) -> Sensitivity:
     graph = floats.traced
     if isinstance(graph, Untraceable):
         raise graph
-    choices = [choice for choice in bench.space.choices if choice.name.endswith(".precision")]
+    choices = [choice for choice in bench.space.choices if is_precision(choice.name)]
+    chosen = dict.fromkeys(str(value) for choice in choices for value in choice.values)
     return measure_sensitivity(
         graph,
-        list(dict.fromkeys(str(value) for choice in choices for value in choice.values)),
+        list(chosen | dict.fromkeys(config.keep.values())),
         bench.calibration_images(floats.resolution),
         method=config.calibration,
         weights=config.weights,

@@ -114,3 +114,15 @@ def test_what_is_measured_is_the_largest_network_on_the_calibration_images(bench
     assert found.precisions == ("w8a8",)
     count = sum(len(batch) for batch in bench.calibration_images(resolution))
     assert all(len(moved) == sensitivity.DRAWS * count for moved in found.parts.values())
+
+
+def test_layers_kept_in_a_precision_that_no_choice_has_are_measured_in_it(tmp_path: Path) -> None:
+    overrides = ["search.sensitivity=true", 'quant.keep={last = "w8"}']
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml", overrides=overrides)))
+    vars(bench)["supernet"] = bench.new_supernet().eval()
+    vars(bench)["device"] = SimpleNamespace(fingerprint=SimpleNamespace(int8_saturates=False))
+    assert seeds(bench, problem(bench))
+    facts = bench.run.read_json(SENSITIVITY)
+    assert facts is not None
+    assert facts["precisions"] == ["w8a8", "w8"]
+    assert facts["layers"]["classifier"]["w8"] > 0
