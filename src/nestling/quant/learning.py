@@ -22,7 +22,7 @@ from nestling.quant.formats import Code, Format
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.quantizing import Quantized
 from nestling.quant.ranges import Range
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import MOVING_KINDS, WEIGHT_AXES
 from nestling.quant.straight import instead, nearest, nearest_by_statistics, slope_of, statistical_scale
 
 Scales = Literal["learned", "statistical"]
@@ -31,9 +31,6 @@ _SMALLEST_SCALE = 2.0**-10
 """Of what it was at first; a scale that learns does not get below."""
 _WITH_WEIGHTS = {
     "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "InstanceNormalization", "PRelu", "Expand",
-}  # fmt: skip
-_MOVERS = {
-    "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
 }  # fmt: skip
 _WITH_TABLES = {"Add", "Mul"}
 """Kinds whose constant learns where it has several numbers: positions, scales of layers."""
@@ -91,7 +88,7 @@ class LearnedGraph(nn.Module):
         self._moved = {
             operator.name
             for operator in graph.operators
-            if operator.kind in _MOVERS
+            if operator.kind in MOVING_KINDS
             and operator.name in self._tied
             and self._tied[operator.name] == self._tied.get(operator.inputs[0])
         }
@@ -276,18 +273,10 @@ def _tied(graph: Graph, ranges: Mapping[str, Range]) -> dict[str, str]:
             continue
         group = [name for name in (*operator.inputs, operator.name) if name in tied]
         for one, other in combinations(group, 2):
-            if _same(ranges[one], ranges[other]):
+            if ranges[one].equals(ranges[other]):
                 kept, joined = tied[one], tied[other]
                 tied |= {name: kept for name, owner in tied.items() if owner == joined}
     return tied
-
-
-def _same(one: Range, other: Range) -> bool:
-    return (
-        one.dtype == other.dtype
-        and torch.equal(one.scale, other.scale)
-        and torch.equal(one.zero_point, other.zero_point)
-    )
 
 
 def _on_cpu(found: Range) -> Range:
