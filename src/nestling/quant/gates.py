@@ -16,7 +16,8 @@ from nestling.quant.protos import constant
 ALPHA = 1 / 6
 BETA = 0.5 * (1 - 2**-12)
 """A hard swish is `x * clip(x / 6 + 1 / 2, 0, 1)`. With a half to the last bit, the gate of zero would lie
-halfway between two integers, and the runtime would round it up and the simulation down: for every zero."""
+halfway between two integers, and whoever adds otherwise than ONNX Runtime, whose sums the simulation follows,
+would round it to the other one: for every zero."""
 
 
 def split_gates(graph: Graph, policy: QuantPolicy) -> Graph:
