@@ -25,6 +25,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
 from nestling.run import RunError
 from nestling.search import (
+    EvaluationFailed,
     SearchResult,
     Trial,
     Workers,
@@ -147,6 +148,12 @@ def _evaluation(bench: Workbench, place: Place) -> Callable[[Arch], Mapping[str,
     def evaluate(arch: Arch) -> Mapping[str, float]:
         path = bench.candidate_path(arch)
         candidate = write_candidate(bench, arch, path)
+        simulated = candidate.policy.simulated
+        if simulated and "latency_ms" in wanted:  # a limit may have come after the space was settled
+            raise EvaluationFailed(
+                f"{simulated[0]} is for research: no runtime computes it, so it has no latency; begin a new "
+                "run with the limit on latency, which leaves such precisions out"
+            )
         accuracy = score(bench.device, path, bench.data.search, resolution=candidate.resolution)
         metrics = candidate_metrics(candidate, accuracy)
         if "latency_ms" in wanted:

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nestling.config import load_config
+from nestling.pipeline import searching
+from nestling.pipeline.searching import _evaluation
+from nestling.pipeline.studies import study_place
+from nestling.pipeline.workbench import Workbench
+from nestling.quant import QuantPolicy
+from nestling.run import Run
+from nestling.search import EvaluationFailed
+from nestling.train.evaluate import Accuracy
+
+TESTS = Path(__file__).parents[2]
+
+
+def _evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, *, precision: str, limits: str) -> Any:
+    """The metrics of a network in `precision`, as a search with `limits` takes them; nothing may be timed."""
+    overrides = ['search.objectives=["top1", "size_mb"]', f"search.limits={limits}"]
+    bench = Workbench(Run.create(folder, load_config(TESTS / "toy.toml", overrides=overrides)))
+    vars(bench)["device"] = None
+    written = SimpleNamespace(policy=QuantPolicy((("", precision),)), resolution=8)
+    monkeypatch.setattr(searching, "write_candidate", lambda *_: written)
+    monkeypatch.setattr(searching, "score", lambda *_, **__: Accuracy(1, 2))
+    monkeypatch.setattr(searching, "candidate_metrics", lambda *_: {"top1": 0.5})
+    monkeypatch.setattr(searching, "measure", lambda *_: pytest.fail("timed"))
+    return _evaluation(bench, study_place(bench))(bench.given_space.smallest)
+
+
+def test_a_precision_for_research_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EvaluationFailed, match=r"w4a4 is for research: .* has no latency"):
+        _evaluate(tmp_path / "run", monkeypatch, precision="w4a4", limits="{latency_ms = 5.0}")
+
+
+def test_it_is_scored_where_no_latency_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = _evaluate(tmp_path / "run", monkeypatch, precision="w4a4", limits="{}")
+    assert metrics == {"top1": 0.5}
