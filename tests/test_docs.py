@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from nestling.config import READ_BY, TrainConfig, load_config
+from nestling.config import READ_BY, QuantConfig, TrainConfig, load_config
 from nestling.models.building import build_shapes
 from nestling.models.families import family
 from nestling.models.soundness import check
+from nestling.quant import PRECISIONS
 from nestling.space import load_space
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,23 @@ def test_the_readme_names_every_strategy_and_only_keys_that_there_are() -> None:
     assert options
     keys = set(re.findall(r"`([a-z_]+)[` ]", " ".join([*strategies.values(), *options]))) - {"false"}
     assert keys <= TrainConfig.model_fields.keys()
+
+
+def test_the_readme_names_every_precision_and_every_key_of_quantization() -> None:
+    part = (ROOT / "README.md").read_text().split("\n**Precisions** are")[1].split("\n## ")[0]
+    precisions, keys = (
+        [line for line in table.splitlines() if line.startswith("| `")]
+        for table in part.split("| precision |")[1].split("| key |")
+    )
+    named, told = (
+        set(re.findall(r"`([^`]+)`", " ".join(row.split(" | ")[0] for row in rows)))
+        for rows in (precisions, keys)
+    )
+    assert named == PRECISIONS.keys()
+    assert told == QuantConfig.model_fields.keys()
+    for key in ("calibration", "weights", "rounding"):
+        row = next(row for row in keys if row.startswith(f"| `{key}`"))
+        assert set(get_args(QuantConfig.model_fields[key].annotation)) <= set(re.findall(r"`([^`]+)`", row))
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
