@@ -11,7 +11,7 @@ from nestling.models.graph import Graph
 from nestling.quant.calibration import WeightMethod, largest_of_rows
 from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.ranges import Range, in_blocks, rows
+from nestling.quant.ranges import SMALLEST_SCALE, Range, in_blocks, rows
 from nestling.quant.regions import WEIGHT_AXES
 
 
@@ -69,14 +69,14 @@ def weight_range(
     """The range of a weight that is computed on integers: symmetric, a scale for each channel or one for all.
 
     With less than 8 bits its scale has the least squared error, whatever `weights` says: single large weights
-    would leave next to no integers to the rest.
+    would leave next to no integers to the rest. A channel of zeros has `SMALLEST_SCALE`.
     """
     numbers = rows(weight.detach(), axis).float().cpu()
     if not format.per_channel:
         numbers = numbers.reshape(1, -1)
     levels = min(format.high, 63) if reduce_range else format.high
     scale = largest_of_rows(numbers, levels, method="mse" if format.bits < 8 else weights) / levels
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale.clamp(min=SMALLEST_SCALE)
     if not format.per_channel:
         scale = scale[0]
     zeros = torch.zeros(scale.shape, dtype=torch.int32)
@@ -107,12 +107,16 @@ def grouped_range(weight: Tensor, format: Format, *, axis: int) -> Range:
 def with_room_for(bias: Tensor, found: Range, read: Range) -> Range:
     """`found`, a weight's, with scales so wide that `bias` keeps to 32 bits in the products' scale.
 
+    Of a channel of zeros the bias is all that there is: its scale is made for that, with 20 bits, so that
+    sums stay among the whole numbers that a float32 holds.
+
     Args:
         bias: of the layer.
         found: the range of its weight.
         read: the range of what it reads.
     """
-    needed = bias.detach().abs().float().to(read.scale.device) / (read.scale.detach() * 2.0**30)
+    most = torch.where(found.scale > SMALLEST_SCALE, 2.0**30, 2.0**20).to(read.scale.device)
+    needed = bias.detach().abs().float().to(read.scale.device) / (read.scale.detach() * most)
     if found.axis is None:
         needed = needed.amax()
     return Range(torch.maximum(found.scale, needed), found.zero_point, found.dtype, found.axis)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from nestling.quant.formats import Format
 
+SMALLEST_SCALE = 2.0**-60
+"""No scale is smaller: the product of two must be a float, and not zero. Numbers below it count as zeros."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
@@ -129,7 +132,8 @@ def activation_range(low: float, high: float, format: Format) -> Range:
         low, steps, zero_point = -high, 2 * format.high, 0
     else:
         steps = format.high - format.low
-    scale = torch.tensor((high - low) / steps if high > low else 1.0, dtype=torch.float32)
+    wide = (high - low) / steps
+    scale = torch.tensor(wide if wide >= SMALLEST_SCALE else 1.0, dtype=torch.float32)
     if not format.symmetric:
         zero_point = min(max(format.low + round(-low / float(scale)), format.low), format.high)
     return Range(scale, torch.tensor(zero_point, dtype=torch.int32), format.dtype, None)

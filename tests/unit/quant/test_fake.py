@@ -171,6 +171,25 @@ def test_simulating_leaves_the_graph_as_it_was(graph: Graph, images: Tensor) -> 
     assert torch.equal(graph.run(images), before)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-41, 1e-30, 0.0])
+def test_numbers_next_to_zero_are_zeros(size: float, compute_file: Compute) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    network.append(nn.Flatten()).append(nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        network.get_parameter("0.weight")[1] *= size  # of products with it no scale would be left
+        network.get_parameter("0.bias")[1] = 0.0
+        network.get_parameter("1.weight").mul_(size)  # nor of a whole tensor
+        network.get_parameter("1.bias").fill_(size)
+    graph, images = trace(network, resolution=4), torch.rand(8, 3, 4, 4)
+    ranges = observe(graph, ALL, [images], reduce_range=True)
+    expected = simulate(graph, ranges).run(images)
+    got, _ = compute_file(insert_qdq(to_onnx(graph, dynamic_batch=True), ranges), images)
+    wanted = graph.run(images)
+    assert float((expected - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
+    assert torch.equal(torch.from_numpy(got), expected)
+
+
 def test_a_range_of_another_graph_is_refused(graph: Graph) -> None:
     stray = {"elsewhere/Conv": Range(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), "uint8", None)}
     with pytest.raises(ValueError, match="elsewhere/Conv"):
