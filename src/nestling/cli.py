@@ -139,6 +139,34 @@ def evaluate(
 
 
 @app.command()
+def latency(
+    folder: RunFolder,
+    networks: Annotated[
+        int, typer.Option("--measure", help="How many networks are measured, spread from cheapest to dearest.")
+    ] = 100,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Measure their blocks as well, for a lookup table beside it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn to predict the latencies of a run's networks; continues where it was stopped.
+
+    Predictions leave candidates out of a search, never measurements out of a result. The run need not be
+    trained.
+    """
+    _check_run(folder)
+    from nestling import console, pipeline
+
+    bench = pipeline.open_run(folder)
+    try:
+        with console.display() as listener:
+            found = pipeline.learn_latency(bench, networks=networks, with_blocks=blocks, listener=listener)
+    finally:
+        bench.close()
+    console.print_latency(found, as_json=as_json)
+
+
+@app.command()
 def search(
     folder: RunFolder,
     workers: Annotated[

@@ -409,6 +409,28 @@ def print_devices(found: Sequence[DeviceSummary], *, as_json: bool) -> None:
     )
 
 
+def print_latency(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """How well latencies are predicted of networks that were left out, by what was learnt and otherwise."""
+    if as_json:
+        print(json.dumps({name: told for name, told in found.items() if name != "model"}, indent=2))
+        return
+    fastest, slowest = (ratio * found["reference_ms"] for ratio in found["ratios"])
+    table = Table(
+        title=f"{found['networks']} networks from {fastest:.3f} to {slowest:.3f} ms, each predicted from others",
+        title_justify="left",
+    )
+    for heading in ("by", "mean error", "Kendall's tau"):
+        table.add_column(heading, justify="left" if heading == "by" else "right")
+    names = {"model": "latency model", "table": "lookup table of blocks", "macs": "MACs alone"}
+    for name, words in names.items():
+        if name in found["held_out"]:
+            told = found["held_out"][name]
+            table.add_row(words, f"{told['mape']:.1%}", f"{told['tau']:.3f}")
+    console = _wide()
+    console.print(table)
+    console.print(f"on {found['told']}", markup=False, highlight=False)
+
+
 def print_precisions(facts: Mapping[str, Any], *, as_json: bool) -> None:
     """What a device makes of each precision: a row for each kind of operator."""
     if as_json:

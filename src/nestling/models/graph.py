@@ -49,14 +49,15 @@ class Graph:
         A tensor is let go as soon as its last reader has run.
 
         Args:
-            images: on the device of the weights.
+            images: on the device of the weights. Of a part of a network, what that part reads.
             after: is given every tensor with its name, the images first, and returns what to go on with.
 
         Raises:
             ValueError: images of another shape.
         """
-        if tuple(images.shape[1:]) != (3, self.resolution, self.resolution):
-            wanted = f"(N, 3, {self.resolution}, {self.resolution})"
+        reads = self.shapes[self.input][1:]
+        if tuple(images.shape[1:]) != reads:
+            wanted = f"(N, {', '.join(map(str, reads))})"
             raise ValueError(f"this graph takes images {wanted}, not {tuple(images.shape)}")
         return _run(self.operators, images, source=self.input, output=self.output, after=after)
 
@@ -113,7 +114,8 @@ def trace(network: nn.Module, *, resolution: int, image: Tensor | None = None) -
     normalization is folded into the convolution or linear layer before it (elsewhere it is a scale and a
     shift for each channel) and padding into the convolution after it; kernels lose the taps that can only
     meet padding; dropout, stochastic depth and identities vanish. The graph is run on the same image, alone
-    and beside another, and must give the same logits.
+    and beside another, and must give the same logits. Of a network on the meta device, which has no numbers,
+    the graph has shapes alone and nothing is compared: it is for what is counted, not for a file.
 
     Args:
         network: in evaluation mode.
@@ -163,6 +165,8 @@ def trace(network: nn.Module, *, resolution: int, image: Tensor | None = None) -
         return tensor
 
     again = _run(operators, image, source=INPUT, output=OUTPUT, after=note)
+    if image.is_meta:
+        return Graph(tuple(operators), INPUT, OUTPUT, shapes, resolution)
     try:
         pair = _run(operators, torch.cat((image, image.flip(-1))), source=INPUT, output=OUTPUT, after=None)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from nestling.pipeline.evaluation import evaluate_supernet
 from nestling.pipeline.finetuning import finetune, tuning
 from nestling.pipeline.forecast import Forecast
+from nestling.pipeline.latency import LatencyPredictor, learn_latency, load_predictor, predict_latency
 from nestling.pipeline.listening import Listener, Silent
 from nestling.pipeline.lookup import convert_space, find_arch, propose_space, space_axes, space_summary
 from nestling.pipeline.precisions import probe as probe_precisions
@@ -32,6 +33,7 @@ __all__ = [
     "DeviceSummary",
     "FileProfile",
     "Forecast",
+    "LatencyPredictor",
     "Listener",
     "ReportFiles",
     "SearchResult",
@@ -50,9 +52,12 @@ __all__ = [
     "finetune",
     "join_ranks",
     "join_search",
+    "learn_latency",
     "limit_overrides",
+    "load_predictor",
     "make_report",
     "open_run",
+    "predict_latency",
     "prepare",
     "probe_precisions",
     "propose_space",

@@ -8,6 +8,7 @@ from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.known import DeviceSummary, devices_here, devices_in, with_aa_spread
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
 from nestling.profile.pool import DevicePool, open_device
+from nestling.profile.prediction import Step
 from nestling.profile.roster import DevicesGoneError
 from nestling.profile.store import MeasurementStore, StoreError, file_key
 from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
@@ -30,6 +31,7 @@ __all__ = [
     "Measurement",
     "MeasurementStore",
     "OptimizedOp",
+    "Step",
     "StoreError",
     "WorkerDevice",
     "WorkerLostError",

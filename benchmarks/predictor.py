@@ -1,0 +1,229 @@
+"""Latencies of networks that were not measured are predicted well enough to leave candidates out of a search.
+
+Networks of `search_spaces/mobilenet_cifar_small.toml`, with its resolutions and precisions, spread over the
+logarithm of their multiply-accumulates, are measured as a search measures them (one thread of ONNX Runtime,
+beside the reference model; what stays unstable is left out); and each of their blocks alone. Weights are
+random: latency does not depend on them. Then latencies of networks that were left out are told by
+
+- model: `nestling.profile.prediction`, as `nestling latency` fits it;
+- table: the sum of the latencies of the blocks, with overheads, as once-for-all has it;
+- macs: a constant and a factor of the multiply-accumulates.
+
+Figures are the mean absolute error in percent (MAPE) and Kendall's tau, once by five folds of all networks,
+and once learnt from 25, 50, 100 and 200 random networks and judged on all others, the mean of `REPEATS` draws.
+
+Claim: by folds, the model's tau is at least 0.95.
+
+The table of all measurements is stored beside the figures, in `results/predictor_measured.json`, and an
+interrupted measuring is continued from it. `--stored` measures nothing: it fits and judges anew.
+
+    python benchmarks/predictor.py [--check] [--stored] [--networks 300] [--seconds 0.5] [--quick]
+
+Takes 15 minutes on two idle cores; with --quick, 60 networks, 4, and proves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import RESULTS, Benchmark, Figures, place, store
+
+from nestling.export import ExportMismatch
+from nestling.models.building import build_shapes
+from nestling.models.cost import cost
+from nestling.models.families import Family, family
+from nestling.pipeline.latency import block_signatures, description
+from nestling.pipeline.untrained import measure_blocks, measure_network
+from nestling.profile import DeviceError, connect
+from nestling.profile.held_out import Learner, by_macs, by_model, by_table, held_out, quality
+from nestling.space import Arch, SearchSpace, load_space
+from nestling.space.sampling import stratified
+
+SPACE = Path(__file__).parents[1] / "search_spaces" / "mobilenet_cifar_small.toml"
+MEASURED = "predictor_measured.json"
+DEVICE = "ort:cpu?threads=1"
+LEAST_TAU = 0.95
+SIZES = (25, 50, 100, 200)
+REPEATS = 5
+PAUSES = (0.0, 1.0)
+"""Seconds before an unstable measurement is taken again."""
+LEAST_LEFT = 20
+"""Networks that are left to judge on, or the size is not tried."""
+WAYS = ("model", "table", "macs")
+
+
+def cifar() -> tuple[SearchSpace, Family]:
+    """The space, with ten classes, and its family."""
+    space = load_space(SPACE).with_constants({"classes": 10})
+    return space, family(space.family)
+
+
+def spread(space: SearchSpace, build: Family, count: int) -> list[Arch]:
+    """About `count` archs, spread over the logarithm of their multiply-accumulates, in random order."""
+
+    @cache
+    def macs(arch: Arch) -> int:
+        return cost(build_shapes(build.build, arch), arch.integer("resolution")).macs
+
+    smallest = macs(space.smallest)
+    archs = stratified(space, lambda arch: 1 + math.log(macs(arch) / smallest), count)
+    # shuffled: what is measured first and last is then not what is cheap and dear
+    return [archs[index] for index in np.random.default_rng(0).permutation(len(archs))]
+
+
+def measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """All measurements; continues those in `path`, where they are of this device."""
+    space, build = cifar()
+    with connect(DEVICE, seconds=options.seconds) as device:
+        key = device.fingerprint.key
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if found.get("device") != key:
+            found = {"device": key, "told": str(device.fingerprint), "networks": {}, "blocks": {}}
+            found |= {"refused": {}, "unstable": [], **place()}
+        archs = spread(space, build, options.networks)
+        for number, arch in enumerate(archs, 1):
+            if arch.key in found["networks"] or arch.key in found["refused"]:
+                continue
+            try:
+                taken = measure_network(device, build, arch, keep={}, pauses=PAUSES)
+                found["blocks"] |= measure_blocks(
+                    device, build, arch, keep={}, known=found["blocks"], pauses=PAUSES[:1]
+                )
+            except (DeviceError, ExportMismatch) as error:
+                found["refused"][arch.key] = str(error)
+                continue
+            if taken.unstable:
+                found["unstable"].append(arch.key)
+            else:
+                found["networks"][arch.key] = {"decisions": dict(arch), "ratio": taken.ratio}
+            print(f"{number} of {len(archs)}: {arch.key} {taken.ratio:.3f}", flush=True)
+            store(path, found)
+    return found
+
+
+def learners(found: Figures) -> tuple[dict[str, Learner], list[float]]:
+    """The ways to tell latencies, and the ratios that were measured."""
+    space, build = cifar()
+    rows = found["networks"].values()
+    archs = [space.canonical(row["decisions"]) for row in rows]
+    ratios = [float(row["ratio"]) for row in rows]
+    described = [description(build, arch, keep={}) for arch in archs]
+    networks = [block_signatures(build, arch, keep={}) for arch in archs]
+    macs = [cost(build_shapes(build.build, arch), arch.integer("resolution")).macs for arch in archs]
+    return {
+        "model": by_model(described, ratios),
+        "table": by_table(found["blocks"], networks, ratios),
+        "macs": by_macs(macs, ratios),
+    }, ratios
+
+
+def judged(found: Figures) -> dict[str, Any]:
+    """The figures of all ways, by folds and by size."""
+    ways, ratios = learners(found)
+    by_folds = {name: asdict(quality(held_out(len(ratios), learn), ratios)) for name, learn in ways.items()}
+    sizes = {
+        str(size): {name: of_size(learn, ratios, size) for name, learn in ways.items()}
+        for size in SIZES
+        if len(ratios) - size >= LEAST_LEFT
+    }
+    return {
+        "networks": len(ratios),
+        "blocks": len(found["blocks"]),
+        "unstable": len(set(found["unstable"]) - found["networks"].keys()),
+        "refused": len(found["refused"]),
+        "fastest_and_slowest": [min(ratios), max(ratios)],
+        "device": found["told"],
+        "measured": found["date"],
+        "folds": by_folds,
+        "sizes": sizes,
+    }
+
+
+def of_size(learn: Learner, ratios: Sequence[float], size: int) -> dict[str, float]:
+    """The mean figures of what is learnt from `size` random networks, on all others."""
+    drawn = []
+    for seed in range(REPEATS):
+        order = np.random.default_rng(seed).permutation(len(ratios)).tolist()
+        asked = order[size:]
+        drawn.append(quality(learn(order[:size], asked), [ratios[index] for index in asked]))
+    return {
+        "mape": float(np.mean([one.mape for one in drawn])),
+        "tau": float(np.mean([one.tau for one in drawn])),
+    }
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    """Measures, unless it is to fit anew alone, and judges; prints a line for each size and way."""
+    path = options.measured
+    found = json.loads(path.read_text()) if options.refit else measured(options, path)
+    figures = judged(found)
+    for name in WAYS:
+        print(line("5 folds", name, figures["folds"][name]), flush=True)
+    for size, told in figures["sizes"].items():
+        for name in WAYS:
+            print(line(f"{size} networks", name, told[name]), flush=True)
+    return figures
+
+
+def line(learnt: str, name: str, told: Mapping[str, float]) -> str:
+    """One way's figures."""
+    return f"{learnt:12} {name:6} MAPE {told['mape']:7.2%}  tau {told['tau']:.3f}"
+
+
+def misses(figures: Figures) -> list[str]:
+    """What is not as claimed."""
+    tau = figures["folds"]["model"]["tau"]
+    return [] if tau >= LEAST_TAU else [f"the model's tau is {tau:.3f} (at least {LEAST_TAU})"]
+
+
+def sentence(figures: Figures) -> str:
+    """The figures in one line."""
+    parts = [
+        f"{name} {figures['folds'][name]['mape']:.1%} and {figures['folds'][name]['tau']:.3f}"
+        for name in WAYS
+    ]
+    fewest = next(iter(figures["sizes"].items()), None)
+    few = "" if fewest is None else f"; the model of {fewest[0]} networks {fewest[1]['model']['tau']:.3f}"
+    return (
+        f"{figures['networks']} measured networks of {SPACE.stem}, held out by folds, mean error and Kendall's "
+        f"tau: {', '.join(parts)}{few}"
+    )
+
+
+BENCHMARK = Benchmark("predictor", __doc__, measure, sentence, misses)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = BENCHMARK.parser()
+    parser.add_argument("--networks", type=int, default=300, metavar="N", help="measured [default: 300]")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, metavar="S", help="the longest that one is timed [default: 0.5]"
+    )
+    parser.add_argument("--quick", action="store_true", help="60 networks")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        default=RESULTS / MEASURED,
+        metavar="FILE",
+        help=f"where measurements are kept [default: benchmarks/results/{MEASURED}]",
+    )
+    options = parser.parse_args(words)
+    if options.quick:
+        options.networks = min(options.networks, 60)
+    # stored figures would tell of the models of that day: what was measured is fitted with today's
+    options.refit = options.stored and options.measured.exists()
+    options.stored = options.stored and not options.refit
+    return BENCHMARK.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""The latencies of a run's networks, learnt from some that are measured: a filter, never a result.
+
+Weights do not matter to latency, so that networks are measured before training as well as after it. Whatever
+a report shows was measured itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nestling.config import ConfigError
+from nestling.export import ExportMismatch
+from nestling.models.families import Family
+from nestling.models.graph import Untraceable
+from nestling.models.graph_blocks import blocks
+from nestling.pipeline.listening import Listener
+from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.searching import REFERENCE
+from nestling.pipeline.steps import block_signature, steps
+from nestling.pipeline.studies import searched
+from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph
+from nestling.pipeline.workbench import Workbench
+from nestling.profile import DeviceError
+from nestling.profile.held_out import by_macs, by_model, by_table, held_out, quality
+from nestling.profile.prediction import LEAST, Description, LatencyModel, describe, fit, predict
+from nestling.run import RunError
+from nestling.space import Arch
+from nestling.space.sampling import stratified
+
+MEASURED = "latency_measured.json"
+"""The run's file of networks and blocks that were measured for a model."""
+MODEL = "latency_model.json"
+PARTS = 5
+"""Groups of networks that are left out in turn."""
+MOST_REFUSALS = 3
+"""Networks in a row that the device may refuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPredictor:
+    """A latency model with what it takes to describe an arch.
+
+    Attributes:
+        model: of ratios to the reference model.
+        reference_ms: that model's milliseconds.
+        family: of the networks.
+        keep: as `[quant] keep` has it.
+        device: the key of the device's fingerprint.
+    """
+
+    model: LatencyModel
+    reference_ms: float
+    family: Family
+    keep: Mapping[str, str]
+    device: str
+
+
+def predict_latency(predictor: LatencyPredictor, arch: Arch) -> float:
+    """The milliseconds that the network of `arch` probably takes, as a search weighs them.
+
+    It takes some hundredths of a second: the network is built and traced without numbers.
+
+    Raises:
+        ValueError: an operator or precision that no measured network had, or a network that cannot be traced.
+    """
+    described = description(predictor.family, arch, keep=predictor.keep)
+    return float(predict(predictor.model, [described])[0]) * predictor.reference_ms
+
+
+def description(family: Family, arch: Arch, *, keep: Mapping[str, str]) -> Description:
+    """What a latency model knows of the network of `arch`.
+
+    Raises:
+        Untraceable: it has no graph.
+        ValueError: an unknown precision.
+    """
+    graph = shapes_graph(family, arch)
+    return describe(steps(graph, quant_policy(family, arch, graph, keep=keep)))
+
+
+def block_signatures(family: Family, arch: Arch, *, keep: Mapping[str, str]) -> tuple[str, ...]:
+    """The signatures of the blocks of the network of `arch`, in order.
+
+    Raises:
+        Untraceable, ValueError: as `description`.
+    """
+    graph = shapes_graph(family, arch)
+    policy = quant_policy(family, arch, graph, keep=keep)
+    return tuple(block_signature(block.graph, policy) for block in blocks(graph))
+
+
+def load_predictor(bench: Workbench) -> LatencyPredictor | None:
+    """The run's latency predictor; None where `learn_latency` has made none.
+
+    Raises:
+        RunError: its file is damaged.
+    """
+    told = bench.run.read_json(MODEL)
+    if told is None:
+        return None
+    try:
+        return LatencyPredictor(
+            LatencyModel.from_json(json.dumps(told["model"])),
+            float(told["reference_ms"]),
+            bench.family,
+            bench.config.quant.keep,
+            str(told["device"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(bench, MODEL, error) from None
+
+
+def learn_latency(
+    bench: Workbench, *, networks: int, with_blocks: bool = False, listener: Listener
+) -> dict[str, Any]:
+    """What `latency_model.json` holds: the model, and how well it tells networks that it has not seen.
+
+    Networks are spread over the logarithm of their multiply-accumulates. What was measured is in
+    `latency_measured.json` from then on, and is not measured again; trials of the run's search count too.
+    Those that stay unstable do not.
+
+    Args:
+        bench: the run; it need not be trained.
+        networks: how many are measured.
+        with_blocks: whether their blocks are as well, each alone, for a lookup table to compare with.
+        listener: hears of every network.
+
+    Raises:
+        ConfigError: too few networks, or networks that cannot be traced.
+        RunError: the run was measured on another device or runtime, a file of it is damaged, or too few of
+            the measurements were stable.
+        DeviceError: the device refuses `MOST_REFUSALS` networks in a row.
+    """
+    if networks < 2 * LEAST:
+        raise ConfigError(
+            f"{networks} networks are too few for a latency model; measure at least {2 * LEAST}"
+        )
+    listener.stage("latency")
+    known = _known(bench)
+    archs = spread(bench, networks)
+    refused = 0
+    for number, arch in enumerate(archs, 1):
+        if arch.key not in known["networks"]:
+            try:
+                _measure(bench, arch, known)
+                refused = 0
+            except (DeviceError, ExportMismatch) as error:
+                refused += 1
+                listener.note(f"{arch.key} left out: {error}")
+                if refused == MOST_REFUSALS:
+                    raise
+        listener.scored(arch.key, number, len(archs))
+    if with_blocks:
+        listener.stage("blocks")
+        _measure_blocks(bench, known, listener)
+    return _learn(bench, known, with_blocks=with_blocks)
+
+
+def spread(bench: Workbench, count: int) -> list[Arch]:
+    """`count` archs of the run's space, or somewhat fewer, cheapest first; the same each time.
+
+    Those of a space whose networks all have the same multiply-accumulates are drawn at random.
+    """
+    space, rng = bench.space, random.Random(bench.config.seed)
+    lowest, highest = bench.macs(space.smallest), bench.macs(space.largest)
+    if not 0 < lowest < highest:
+        return list(dict.fromkeys(space.sample(rng) for _ in range(count)))
+    # 1 above the logarithm, as a cost must be above 0
+    return stratified(
+        space, lambda arch: 1 + math.log(bench.macs(arch) / lowest), count, seed=bench.config.seed
+    )
+
+
+def _known(bench: Workbench) -> dict[str, Any]:
+    """What was measured before on this device.
+
+    Raises:
+        RunError: the file is damaged, or of another device.
+    """
+    fingerprint = bench.device.fingerprint
+    known: dict[str, Any] | None = bench.run.read_json(MEASURED)
+    if known is None:
+        return {"device": fingerprint.key, "told": str(fingerprint), "networks": {}, "blocks": {}}
+    if not {"device", "told", "networks", "blocks"} <= known.keys():
+        raise _damaged(bench, MEASURED, "it lacks a part")
+    if known["device"] != fingerprint.key:
+        raise RunError(
+            f"{bench.run.folder / MEASURED} is of another device or runtime ({known['told']}) than this "
+            f"one ({fingerprint}); their latencies do not compare: remove it to measure anew"
+        )
+    return known
+
+
+def _measure(bench: Workbench, arch: Arch, known: dict[str, Any]) -> None:
+    """Adds the network of `arch` to what is `known`, and keeps it, unless its measurement is unstable."""
+    try:
+        found = measure_network(bench.device, bench.family, arch, keep=bench.config.quant.keep)
+    except Untraceable as error:
+        raise ConfigError(
+            f"latencies of networks that cannot be traced are not predicted: {error}"
+        ) from error
+    if found.unstable:
+        return
+    known.setdefault("reference_ms", float(np.median(found.reference_seconds)) * 1e3)
+    known["networks"][arch.key] = {"decisions": dict(arch), "ratio": found.ratio}
+    bench.run.write_json(MEASURED, known)
+
+
+def _measure_blocks(bench: Workbench, known: dict[str, Any], listener: Listener) -> None:
+    rows = _rows(bench, known)
+    for number, arch in enumerate(rows, 1):
+        try:
+            found = measure_blocks(
+                bench.device, bench.family, arch, keep=bench.config.quant.keep, known=known["blocks"]
+            )
+        except DeviceError as error:
+            listener.note(f"blocks of {arch.key} left out: {error}")
+            continue
+        if found:
+            known["blocks"].update(found)
+            bench.run.write_json(MEASURED, known)
+        listener.scored(arch.key, number, len(rows))
+
+
+def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, float]:
+    """Arch -> ratio to the reference model, of the networks that were measured for this and by a search."""
+    reference = bench.run.read_json(REFERENCE)
+    rows: dict[Arch, float] = {}
+    if reference is not None and reference["key"] == known["device"]:
+        for trial in searched(bench).trials:
+            told = trial.metrics
+            if trial.state == "complete" and told.get("latency_unstable") == 0:
+                rows[trial.arch] = float(told["latency_ratio"])
+    for row in known["networks"].values():
+        rows[bench.space.canonical(row["decisions"])] = float(row["ratio"])
+    return rows
+
+
+def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> dict[str, Any]:
+    """Fits, judges and keeps the model."""
+    rows, keep = _rows(bench, known), bench.config.quant.keep
+    ratios = list(rows.values())
+    if len(ratios) < 2 * LEAST:
+        raise RunError(
+            f"only {len(ratios)} measurements on {bench.device.name} were stable; the machine may be busy. A "
+            f"latency model needs {2 * LEAST}: run `nestling latency` again, which measures the others"
+        )
+    described = [description(bench.family, arch, keep=keep) for arch in rows]
+    learners = {
+        "model": by_model(described, ratios),
+        "macs": by_macs([bench.macs(arch) for arch in rows], ratios),
+    }
+    if with_blocks:
+        parts = [block_signatures(bench.family, arch, keep=keep) for arch in rows]
+        learners["table"] = by_table(known["blocks"], parts, ratios)
+    found = {
+        name: asdict(quality(held_out(len(ratios), learn, parts=PARTS, seed=bench.config.seed), ratios))
+        for name, learn in learners.items()
+    }
+    reference = bench.run.read_json(REFERENCE) or {}
+    told = {
+        "device": known["device"],
+        "told": known["told"],
+        "reference_ms": reference.get("latency_ms", known.get("reference_ms")),
+        "networks": len(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "held_out": found,
+        "model": json.loads(fit(described, ratios).to_json()),
+    }
+    bench.run.write_json(MODEL, told)
+    return told
+
+
+def _damaged(bench: Workbench, name: str, why: object) -> RunError:
+    return RunError(
+        f"{bench.run.folder / name} is damaged ({why}); remove it and run `nestling latency` again"
+    )
