@@ -42,6 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/fleet.py
 	$(BIN)/python benchmarks/timing_repeatability.py
 	$(BIN)/python benchmarks/profile_agreement.py
+	$(BIN)/python benchmarks/predictor.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 

@@ -10,7 +10,7 @@ random: latency does not depend on them. Then latencies of networks that were le
 - macs: a constant and a factor of the multiply-accumulates.
 
 Figures are the mean absolute error in percent (MAPE) and Kendall's tau, once by five folds of all networks,
-and once learnt from 25, 50, 100 and 200 random networks and judged on all others, the mean of `REPEATS` draws.
+and once learnt from 25, 50, 100 and 200 random ones and judged on all others, the mean of `REPEATS` draws.
 
 Claim: by folds, the model's tau is at least 0.95.
 
@@ -194,8 +194,8 @@ def sentence(figures: Figures) -> str:
     fewest = next(iter(figures["sizes"].items()), None)
     few = "" if fewest is None else f"; the model of {fewest[0]} networks {fewest[1]['model']['tau']:.3f}"
     return (
-        f"{figures['networks']} measured networks of {SPACE.stem}, held out by folds, mean error and Kendall's "
-        f"tau: {', '.join(parts)}{few}"
+        f"{figures['networks']} measured networks of {SPACE.stem}, held out by folds, mean error and "
+        f"Kendall's tau: {', '.join(parts)}{few}"
     )
 
 

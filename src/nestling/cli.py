@@ -142,7 +142,7 @@ def evaluate(
 def latency(
     folder: RunFolder,
     networks: Annotated[
-        int, typer.Option("--measure", help="How many networks are measured, spread from cheapest to dearest.")
+        int, typer.Option("--measure", help="How many networks are measured, from cheapest to dearest.")
     ] = 100,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Measure their blocks as well, for a lookup table beside it.")

@@ -416,7 +416,7 @@ def print_latency(found: Mapping[str, Any], *, as_json: bool) -> None:
         return
     fastest, slowest = (ratio * found["reference_ms"] for ratio in found["ratios"])
     table = Table(
-        title=f"{found['networks']} networks from {fastest:.3f} to {slowest:.3f} ms, each predicted from others",
+        title=f"{found['networks']} networks from {fastest:.3f} to {slowest:.3f} ms, each told from others",
         title_justify="left",
     )
     for heading in ("by", "mean error", "Kendall's tau"):

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.config import ConfigError, load_config
+from nestling.models.building import build_shapes
+from nestling.models.cost import cost
+from nestling.models.families import Family, family
+from nestling.models.graph_blocks import blocks
+from nestling.pipeline import latency
+from nestling.pipeline.latency import (
+    block_signatures,
+    description,
+    learn_latency,
+    load_predictor,
+    predict_latency,
+)
+from nestling.pipeline.listening import Silent
+from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.stages import open_run
+from nestling.pipeline.steps import block_signature, steps
+from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph, untrained_graph
+from nestling.pipeline.workbench import Workbench
+from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice, connect
+from nestling.quant import QuantPolicy
+from nestling.run import Run, RunError
+from nestling.space import Arch, SearchSpace, load_space
+
+TESTS = Path(__file__).parents[2]
+HERE = Fingerprint("ort:cpu", "a processor", (), 2, "linux", "runtime 1", "0123456789ab", False)
+OTHER = Fingerprint("ort:cpu", "another one", (), 2, "linux", "runtime 1", "0123456789ab", False)
+
+
+class Pretended:
+    """A device of which only the fingerprint is asked."""
+
+    name = "ort:cpu"
+
+    def __init__(self, fingerprint: Fingerprint) -> None:
+        self.fingerprint = fingerprint
+
+    def close(self) -> None:
+        """Has nothing to end."""
+
+
+def ratio(arch: Arch) -> float:
+    """What the pretended device takes: calls, and multiply-accumulates, faster ones in integers."""
+    found = family("mobilenet")
+    graph = shapes_graph(found, arch)
+    policy = quant_policy(found, arch, graph)
+    return 0.1 + sum(
+        0.02 + step.macs / (4e5 if step.precision == "w8a8" else 1e5) for step in steps(graph, policy)
+    )
+
+
+class Measuring:
+    """Stands for `measure_network`: counts, is restless or refuses where it is told to."""
+
+    def __init__(
+        self, *, restless: bool = False, stop_after: int | None = None, refuses: bool = False
+    ) -> None:
+        self.count, self.restless, self.stop_after, self.refuses = 0, restless, stop_after, refuses
+
+    def __call__(self, device: Any, family: Family, arch: Arch, **_: Any) -> Measurement:
+        del device, family
+        if self.count == self.stop_after:
+            raise KeyboardInterrupt
+        self.count += 1
+        if self.refuses:
+            raise DeviceError("no such operator")
+        took = 0.002 * ratio(arch)
+        second = 3 * took if self.restless else took
+        return Measurement(HERE, (took, second) * 10, (0.002,) * 20, 0.1, 0.1)
+
+
+def bench_on(folder: Path, fingerprint: Fingerprint) -> Workbench:
+    bench = open_run(folder)
+    bench.device = Pretended(fingerprint)  # type: ignore[assignment]
+    return bench
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Run.create(tmp_path / "toy", load_config(TESTS / "toy.toml"))
+    return tmp_path / "toy"
+
+
+@pytest.fixture(scope="module")
+def space() -> SearchSpace:
+    return load_space(TESTS / "toy_space.toml").with_constants({"classes": 10})
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Iterator[WorkerDevice]:
+    with connect("ort:cpu", seconds=0.02, timeout_seconds=60) as device:
+        yield device
+
+
+def learn(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, measuring: Measuring, *, networks: int = 24
+) -> dict[str, Any]:
+    monkeypatch.setattr(latency, "measure_network", measuring)
+    return learn_latency(bench_on(folder, HERE), networks=networks, listener=Silent())
+
+
+def test_what_is_learnt_predicts_archs_that_were_not_measured(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    found = learn(monkeypatch, folder, Measuring())
+    told = found["held_out"]
+    assert told["model"]["tau"] > 0.9
+    assert told["model"]["tau"] > told["macs"]["tau"]
+    assert told["model"]["mape"] < told["macs"]["mape"]
+    bench = bench_on(folder, HERE)
+    predictor = load_predictor(bench)
+    assert predictor is not None
+    largest = bench.space.largest
+    assert predict_latency(predictor, largest) == pytest.approx(2 * ratio(largest), rel=0.1)
+
+
+def test_measuring_that_was_cut_off_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(monkeypatch, folder, Measuring(stop_after=10))
+    assert load_predictor(bench_on(folder, HERE)) is None
+    rest = Measuring()
+    found = learn(monkeypatch, folder, rest)
+    assert rest.count == found["networks"] - 10
+    assert rest.count > 0
+
+
+def test_unstable_measurements_are_not_learnt_from(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with pytest.raises(RunError, match="only 0 measurements"):
+        learn(monkeypatch, folder, Measuring(restless=True), networks=16)
+
+
+def test_a_device_that_refuses_everything_is_told_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    measuring = Measuring(refuses=True)
+    with pytest.raises(DeviceError, match="no such operator"):
+        learn(monkeypatch, folder, measuring)
+    assert measuring.count == 3
+
+
+def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    learn(monkeypatch, folder, Measuring())
+    with pytest.raises(RunError, match="another device or runtime"):
+        learn_latency(bench_on(folder, OTHER), networks=24, listener=Silent())
+
+
+def test_too_few_networks_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 16"):
+        learn_latency(open_run(folder), networks=5, listener=Silent())
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {}, "reference_ms": 1, "device": "a"}'])
+def test_a_damaged_model_is_named(folder: Path, content: str) -> None:
+    (folder / "latency_model.json").write_text(content)
+    with pytest.raises(RunError, match=r"latency_model\.json is damaged"):
+        load_predictor(open_run(folder))
+
+
+def test_multiply_accumulates_of_the_steps_are_those_of_the_network(space: SearchSpace) -> None:
+    for arch in (space.smallest, space.largest):
+        found = family(space.family)
+        told = steps(shapes_graph(found, arch), QuantPolicy())
+        network = build_shapes(found.build, arch)
+        assert sum(step.macs for step in told) == cost(network, arch.integer("resolution")).macs
+        assert sum(step.weight_bytes for step in told) > 0
+
+
+def test_integers_are_a_quarter_of_the_bytes_and_are_converted_once(space: SearchSpace) -> None:
+    graph = shapes_graph(family(space.family), space.smallest)
+    floats, integers = (steps(graph, QuantPolicy((("", name),))) for name in ("fp32", "w8a8"))
+    for one, other in zip(floats, integers, strict=True):
+        assert other.activation_bytes == one.activation_bytes / 4
+        assert other.signature != one.signature
+    assert [step.converted_bytes for step in integers] == [4.0 * 3 * 8 * 8, *[0.0] * (len(integers) - 1)]
+    assert not any(step.converted_bytes for step in floats)
+
+
+def test_signatures_are_those_of_the_file_s_graph_and_tell_precisions_apart(space: SearchSpace) -> None:
+    found, arch = family(space.family), space.largest
+    real = untrained_graph(found, arch)
+    policy = quant_policy(found, arch, real)
+    signatures = tuple(block_signature(block.graph, policy) for block in blocks(real))
+    assert block_signatures(found, arch, keep={}) == signatures
+    kept = block_signatures(found, arch, keep={"first": "w8a8"})
+    assert [a == b for a, b in zip(signatures, kept, strict=True)] == [False] + [True] * (len(kept) - 1)
+    assert description(found, arch, keep={}) != description(found, arch, keep={"first": "w8a8"})
+
+
+def test_networks_and_their_blocks_are_measured_without_training(
+    space: SearchSpace, cpu: WorkerDevice
+) -> None:
+    found, arch = family(space.family), space.smallest
+    assert measure_network(cpu, found, arch, keep={}, pauses=()).ratio > 0
+    signatures = block_signatures(found, arch, keep={})
+    rest = measure_blocks(cpu, found, arch, keep={}, known={signatures[0]: 1.0}, pauses=())
+    assert rest.keys() == set(signatures[1:])
+    assert min(rest.values()) > 0
+
+
+def test_precisions_for_research_have_no_latency(space: SearchSpace, cpu: WorkerDevice) -> None:
+    with pytest.raises(ValueError, match="w2a8"):
+        measure_network(cpu, family(space.family), space.smallest, keep={"first": "w2a8"})
+
+
+def test_the_model_s_file_is_plain_json_with_its_figures(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    learn(monkeypatch, folder, Measuring())
+    told = json.loads((folder / "latency_model.json").read_text())
+    assert told["device"] == HERE.key
+    assert told["reference_ms"] == pytest.approx(2.0)
+    assert told["held_out"].keys() == {"model", "macs"}
