@@ -231,9 +231,8 @@ def _measure_blocks(bench: Workbench, known: dict[str, Any], listener: Listener)
 
 def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, float]:
     """Arch -> ratio to the reference model, of the networks that were measured for this and by a search."""
-    reference = bench.run.read_json(REFERENCE)
     rows: dict[Arch, float] = {}
-    if reference is not None and reference["key"] == known["device"]:
+    if _reference(bench, known) is not None:
         for trial in searched(bench).trials:
             told = trial.metrics
             if trial.state == "complete" and told.get("latency_unstable") == 0:
@@ -241,6 +240,12 @@ def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, float]:
     for row in known["networks"].values():
         rows[bench.space.canonical(row["decisions"])] = float(row["ratio"])
     return rows
+
+
+def _reference(bench: Workbench, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The reference model as the run's search found it; None where it has not begun, or was elsewhere."""
+    told: dict[str, Any] | None = bench.run.read_json(REFERENCE)
+    return told if told is not None and told["key"] == known["device"] else None
 
 
 def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> dict[str, Any]:
@@ -264,11 +269,11 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
         name: asdict(quality(held_out(len(ratios), learn, parts=PARTS, seed=bench.config.seed), ratios))
         for name, learn in learners.items()
     }
-    reference = bench.run.read_json(REFERENCE) or {}
+    reference = _reference(bench, known)
     told = {
         "device": known["device"],
         "told": known["told"],
-        "reference_ms": reference.get("latency_ms", known.get("reference_ms")),
+        "reference_ms": known.get("reference_ms") if reference is None else reference["latency_ms"],
         "networks": len(ratios),
         "ratios": [min(ratios), max(ratios)],
         "held_out": found,

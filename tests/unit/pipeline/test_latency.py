@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from nestling.pipeline.latency import (
     load_predictor,
     predict_latency,
 )
+from nestling.pipeline.latency import spread as real_spread
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.stages import open_run
@@ -27,6 +31,7 @@ from nestling.pipeline.steps import block_signature, steps
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph, untrained_graph
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice, connect
+from nestling.profile.prediction import Description
 from nestling.quant import QuantPolicy
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, load_space
@@ -48,14 +53,42 @@ class Pretended:
         """Has nothing to end."""
 
 
+@cache
+def described(arch: Arch) -> Description:
+    """What there is to know of `arch`, whose every learning would build and trace it again."""
+    return description(family("mobilenet"), arch, keep={})
+
+
+@cache
 def ratio(arch: Arch) -> float:
     """What the pretended device takes: calls, and multiply-accumulates, faster ones in integers."""
-    found = family("mobilenet")
-    graph = shapes_graph(found, arch)
-    policy = quant_policy(found, arch, graph)
+    rates = {"calls": 0.02, "w8a8 macs": 1 / 4e5, "fp32 macs": 1 / 1e5}
     return 0.1 + sum(
-        0.02 + step.macs / (4e5 if step.precision == "w8a8" else 1e5) for step in steps(graph, policy)
+        rate * amount
+        for name, amount in described(arch).sums.items()
+        for ending, rate in rates.items()
+        if name.endswith(ending)
     )
+
+
+@cache
+def drawn(count: int) -> list[Arch]:
+    """Random archs of the toy run, both ends among them."""
+    space = load_space(TESTS / "toy_space.toml").with_constants({"classes": 10})
+    rng = random.Random(0)
+    return list(dict.fromkeys([space.smallest, space.largest, *(space.sample(rng) for _ in range(count))]))
+
+
+@cache
+def macs(arch: Arch) -> int:
+    return cost(build_shapes(family("mobilenet").build, arch), arch.integer("resolution")).macs
+
+
+@pytest.fixture(autouse=True)
+def _told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "description", lambda _, arch, keep: described(arch) if not keep else None)
+    monkeypatch.setattr(latency, "spread", lambda _, count: drawn(count))
+    monkeypatch.setattr(Workbench, "macs", lambda _, arch: macs(arch))
 
 
 class Measuring:
@@ -151,6 +184,36 @@ def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPa
     learn(monkeypatch, folder, Measuring())
     with pytest.raises(RunError, match="another device or runtime"):
         learn_latency(bench_on(folder, OTHER), networks=24, listener=Silent())
+
+
+def test_stable_trials_of_a_search_on_this_device_are_learnt_from_too(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    tried = [arch for arch in drawn(40) if arch not in drawn(24)]
+    trials = [
+        SimpleNamespace(
+            arch=arch,
+            state="complete",
+            metrics={"latency_ratio": ratio(arch), "latency_unstable": float(number == 0)},
+        )
+        for number, arch in enumerate(tried)
+    ]
+    monkeypatch.setattr(latency, "searched", lambda _: SimpleNamespace(trials=trials))
+    without = learn(monkeypatch, folder, Measuring())["networks"]
+    reference = folder / "reference.json"
+    reference.write_text(json.dumps({"key": HERE.key, "latency_ms": 5.0}))
+    found = learn(monkeypatch, folder, Measuring())
+    assert found["networks"] == without + len(tried) - 1
+    assert found["reference_ms"] == 5.0
+    reference.write_text(json.dumps({"key": OTHER.key, "latency_ms": 5.0}))
+    assert learn(monkeypatch, folder, Measuring())["networks"] == without
+
+
+def test_archs_are_spread_over_the_logarithm_of_the_cost(folder: Path) -> None:
+    costs = [macs(arch) for arch in real_spread(open_run(folder), 6)]
+    assert costs == sorted(costs)
+    assert 4 <= len(costs) <= 6
+    assert costs[-1] > 4 * costs[0]
 
 
 def test_too_few_networks_are_refused(folder: Path) -> None:
