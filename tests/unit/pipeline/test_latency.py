@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -117,9 +118,18 @@ def bench_on(folder: Path, fingerprint: Fingerprint) -> Workbench:
     return bench
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose space was checked, which takes longer than all that is tested here."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    Run.create(folder, load_config(TESTS / "toy.toml"))
+    assert open_run(folder).space.size > 1
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    Run.create(tmp_path / "toy", load_config(TESTS / "toy.toml"))
+def folder(begun: Path, tmp_path: Path) -> Path:
+    shutil.copytree(begun, tmp_path / "toy")
     return tmp_path / "toy"
 
 
