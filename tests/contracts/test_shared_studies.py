@@ -97,10 +97,29 @@ def new_study(request: pytest.FixtureRequest, tmp_path: Path) -> NewStudy:
     return lambda: str(server.new_database(f"{tmp_path.name[-30:]}{next(numbers)}".lower()))
 
 
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Ends what a test has started, and closes its pipes."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
 def worker(place: str, *, trials: int, seconds: float = 0.0) -> subprocess.Popen[str]:
     words = [sys.executable, "-W", "error", "-c", WORKER, place, str(trials), str(seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    started.append(
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    )
+    return started[-1]
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:

@@ -135,7 +135,7 @@ def test_its_plain_weights_stay_those_of_the_parent(tuned: tuple[Workbench, dict
     assert all(torch.equal(parent[name], tensor) for name, tensor in kept.items())
 
 
-@pytest.mark.parametrize("method", ["lsq", "ofq"])
+@pytest.mark.parametrize("method", ["lsq", pytest.param("ofq", marks=pytest.mark.slow)])
 def test_a_training_that_was_interrupted_ends_with_the_same_file_to_the_bit(
     method: Any, fresh: Workbench, device: Device, tmp_path: Path
 ) -> None:

@@ -22,8 +22,8 @@ import sys, time
 sys.path.append(sys.argv[1])  # the module alone: its package takes seconds to import
 from workers import end_with_input
 end_with_input()
-print("tied", flush=True)
 try:
+    print("tied", flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     print("gave back", flush=True)
