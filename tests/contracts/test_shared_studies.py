@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -129,8 +129,13 @@ def finish(process: subprocess.Popen[str]) -> list[str]:
     return said.split()
 
 
-def by_optuna(place: str) -> optuna.Study:
-    return optuna.load_study(study_name="toy", storage=study_url(place).render_as_string(hide_password=False))
+@contextmanager
+def by_optuna(place: str) -> Iterator[optuna.Study]:
+    url = study_url(place).render_as_string(hide_password=False)
+    storage = optuna.storages.RDBStorage(url)
+    yield optuna.load_study(study_name="toy", storage=storage)
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def states_in_queue(place: str) -> set[str]:
@@ -150,9 +155,10 @@ def test_a_search_tries_the_same_archs_wherever_its_study_is(new_study: NewStudy
     )
     assert [trial.arch for trial in found.trials] == [trial.arch for trial in beside.trials]
     assert load_result(PROBLEM, storage=place, name="toy").trials == found.trials
-    study = by_optuna(place)
-    assert [trial.user_attrs["arch"] for trial in study.trials] == [t.arch.to_json() for t in found.trials]
-    assert {trial.number for trial in study.best_trials} == {trial.number for trial in found.front}
+    with by_optuna(place) as study:
+        archs = [trial.user_attrs["arch"] for trial in study.trials]
+        assert archs == [trial.arch.to_json() for trial in found.trials]
+        assert {trial.number for trial in study.best_trials} == {trial.number for trial in found.front}
 
 
 def test_processes_that_begin_together_share_the_work(new_study: NewStudy) -> None:
@@ -178,7 +184,8 @@ def test_what_a_killed_process_began_is_evaluated_by_another(new_study: NewStudy
     found = load_result(PROBLEM, storage=place, name="toy")
     assert [trial.arch.to_json() for trial in found.trials] == evaluated
     assert "running" not in states_in_queue(place)
-    assert {trial.state for trial in by_optuna(place).trials} == {TrialState.COMPLETE}
+    with by_optuna(place) as study:
+        assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
 
 
 def test_a_process_that_is_interrupted_gives_back_what_it_began(new_study: NewStudy) -> None:

@@ -156,20 +156,20 @@ def test_of_many_processes_each_command_but_train_and_evaluate_is_refused(
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path: Path) -> None:
     arguments = ["run", "tests/toy.toml", "--output", str(tmp_path / "run"), "--set", "train.epochs=100000"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "nestling.cli", *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
         start_new_session=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "epoch" in line:
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "epoch" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues it" in told
     assert "Traceback" not in told

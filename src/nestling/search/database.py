@@ -70,9 +70,13 @@ class Database:
                 _begin(path, prepare)
         self.engine = _engine(self.url)
         if prepare is not None and not made:
-            with self._together():
-                self.lay_out()
-                prepare(self)
+            try:
+                with self._together():
+                    self.lay_out()
+                    prepare(self)
+            except BaseException:
+                self.close()
+                raise
 
     def __str__(self) -> str:
         path = sqlite_path(self.url)
@@ -121,12 +125,13 @@ class Database:
         """
         with self._told(), quiet():
             try:
-                storage = RDBStorage(self.optuna_url, engine_kwargs={"connect_args": _arguments(self.url)})
+                # no pool: where its constructor fails, nobody could close the connections
+                options = {"connect_args": _arguments(self.url), "poolclass": sa.NullPool}
+                storage = RDBStorage(self.optuna_url, engine_kwargs=options)
             except RuntimeError as error:
                 # what Optuna says of tables of another version
                 raise StudyMismatch(f"{self} cannot be used: {error}") from error
             storage.remove_session()
-            storage.engine.dispose()
 
     @property
     def optuna_url(self) -> str:

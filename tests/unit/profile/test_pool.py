@@ -23,7 +23,7 @@ from nestling.profile import (
 )
 from nestling.profile.address import SshPlace
 from nestling.profile.boards import FIRST_REST, Board
-from nestling.profile.leases import LeaseQueue
+from nestling.profile.leases import Job, JobState, LeaseQueue
 from nestling.profile.transport import Answer
 
 SEGFAULT = WorkerLostError("the worker was ended by SIGSEGV during 'time'")
@@ -186,16 +186,27 @@ def test_all_boards_measure_at_once_and_each_one_file_at_a_time(make: Made, tmp_
     assert [outcome for _, outcome in outcomes(pool)] == ["measured"] * 6
 
 
-def test_two_who_want_one_file_get_one_measurement(make: Made, tmp_path: Path) -> None:
+def test_those_who_want_one_file_at_once_get_one_measurement(
+    make: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     board, gate = FakeBoard(), threading.Event()
     board.gate = gate
     pool, [path] = make(board, FakeBoard()), files(tmp_path, 1)
     pool.start()
+    wanting = set[int]()
+    state = pool.queue.state
+
+    def counted(job: Job) -> JobState:
+        known = state(job)
+        wanting.add(threading.get_ident())
+        return known
+
+    monkeypatch.setattr(pool.queue, "state", counted)
     taken: list[float] = []
     threads = [threading.Thread(target=lambda: taken.append(pool.measure(path).ratio)) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(pool.queue.attempts()) == 1)
+    wait_for(lambda: len(pool.queue.attempts()) == 1 and len(wanting) == 3)
     gate.set()
     for thread in threads:
         thread.join()
