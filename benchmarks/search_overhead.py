@@ -34,10 +34,11 @@ from record import Benchmark, Figures
 
 from nestling.config import SearchConfig
 from nestling.search import Problem, make_proposer, search
+from nestling.search.proposing import usual_batch
 from nestling.search.samplers import distributions, quiet
 from nestling.space import Arch, Choice, SearchSpace
 
-TRIALS, CHOICES, BATCH, POPULATION = 1000, 60, 8, 20
+TRIALS, CHOICES, POPULATION = 1000, 60, 20
 MEASURED_BATCHES = 13
 LIMIT_MS = 100.0
 RECORDING_MS = 50.0
@@ -62,9 +63,11 @@ def evaluate(arch: Arch) -> Mapping[str, float]:
 def measure_place(place: str, strategy: str, *, trials: int, choices: int) -> dict[str, float]:
     """Milliseconds for a candidate in the study at `place`."""
     problem = toy(choices)
-    measured = BATCH * min(MEASURED_BATCHES, trials // (2 * BATCH))
+    # as many at a time as a search asks for that is not told otherwise
+    batch = usual_batch(strategy, tried=trials, population=POPULATION)
+    measured = batch * min(MEASURED_BATCHES, trials // (2 * batch))
     before = trials - measured
-    shared: dict[str, Any] = {"storage": place, "name": "toy", "batch": BATCH, "population": POPULATION}
+    shared: dict[str, Any] = {"storage": place, "name": "toy", "population": POPULATION}
     search(problem, evaluate, trials=before, strategy="random", **shared)
     left: list[tuple[float, float]] = []
     entered: list[tuple[float, float]] = []
@@ -82,10 +85,11 @@ def measure_place(place: str, strategy: str, *, trials: int, choices: int) -> di
     began = time.perf_counter()
     rounds = 3
     for seed in range(rounds):
-        proposer.propose(problem, result.trials, pending=(), count=BATCH, seed=seed)
-    proposing = (time.perf_counter() - began) / rounds / BATCH
+        proposer.propose(problem, result.trials, pending=(), count=batch, seed=seed)
+    proposing = (time.perf_counter() - began) / rounds / batch
     total = statistics.fmean(wall)
     return {
+        "batch": batch,
         "total_ms": total * 1e3,
         "total_processor_ms": statistics.fmean(processor) * 1e3,
         "proposing_ms": proposing * 1e3,
@@ -130,7 +134,7 @@ def measure(options: argparse.Namespace) -> Figures:
             print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in places[name].items()), flush=True)
         optuna = optuna_ms(folder / "study.db", toy(choices))
     return {
-        "settings": {"trials": trials, "choices": choices, "objectives": 3, "batch": BATCH},
+        "settings": {"trials": trials, "choices": choices, "objectives": 3},
         "strategy": options.strategy,
         "places": places,
         "optuna_adds_one_ms": optuna,

@@ -95,6 +95,19 @@ class Weights:
         return total
 
 
+BLOCK = 64
+"""Rows of a kernel that are made at once: what is between stays in a processor's cache."""
+
+
+def kernel(weights: Weights, left: Features, right: Features) -> Rows:
+    """The weighted sum of the kernel's parts between rows of `left` (N) and `right` (M), (N, M)."""
+    whole: Rows = np.empty((len(left), len(right)))
+    for start in range(0, len(left), BLOCK):
+        rows = slice(start, start + BLOCK)
+        whole[rows] = weights.sum(parts(left.take(rows), right))
+    return whole
+
+
 def fit_weights(parts_: Sequence[Rows], values: Vector, *, start: Weights | None = None) -> Weights:
     """The weights of greatest posterior density for `values` (N,), of about mean 0 and variance 1.
 
@@ -171,9 +184,9 @@ class Posterior:
     def joint(self, rows: Features) -> tuple[Vector, Rows]:
         """Mean (N,) and covariance (N, N) of the scaled metric without its noise; `told` turns it back."""
         own = rows.scaled(self.relevances)
-        across = self.weights.sum(parts(own, self.seen))
+        across = kernel(self.weights, own, self.seen)
         explained = solve_triangular(self.factor, across.T, lower=True, check_finite=False)
-        return across @ self.solved, self.weights.sum(parts(own, own)) - explained.T @ explained
+        return across @ self.solved, kernel(self.weights, own, own) - explained.T @ explained
 
     def draw(self, rows: Features, count: int, rng: np.random.Generator) -> Rows:
         """`count` draws of the metric of all rows together, without its noise (count, N)."""
@@ -219,7 +232,7 @@ def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
     wanted = np.log(values) if logarithmic else values
     centre, scale = float(wanted[some].mean()), _scale(wanted[some])
     own = seen.scaled(relevances)
-    factor = _factor(weights, parts(own, own))
+    factor = _factor(weights, kernel(weights, own, own))
     solved = cho_solve((factor, True), (wanted - centre) / scale, check_finite=False)
     trend, _, effects, stage_pairs, pairs, _ = weights.parts
     slopes = (trend * own.trend.T @ solved / own.trend.shape[1], effects * own.values.T @ solved)
@@ -230,11 +243,10 @@ def fit(seen: Features, values: Vector, *, weighed: int) -> Posterior:
     return Posterior(own, weights, factor, solved, centre, scale, logarithmic, relevances, slopes, products)
 
 
-def _factor(weights: Weights, parts_: Sequence[Rows]) -> Rows:
-    """The lower Cholesky factor of the kernel with its noise."""
-    kernel = weights.sum(parts_)
-    kernel[np.diag_indices_from(kernel)] += weights.noise
-    factor: Rows = cholesky(kernel, lower=True, check_finite=False)
+def _factor(weights: Weights, between: Rows) -> Rows:
+    """The lower Cholesky factor of the kernel `between` trials, with its noise."""
+    noisy = between + weights.noise * np.eye(len(between))
+    factor: Rows = cholesky(noisy, lower=True, overwrite_a=True, check_finite=False)
     return factor
 
 
@@ -280,7 +292,7 @@ def _relevant(seen: Features, values: Vector) -> tuple[Weights, Vector]:
 
 def _relevances(seen: Features, values: Vector, weights: Weights, between: Sequence[Rows]) -> Vector:
     """How large the effects of each choice's values are expected to be: one step of the EM algorithm."""
-    factor = _factor(weights, between)
+    factor = _factor(weights, weights.sum(between))
     variance = weights.parts[PARTS.index("effects")]
     effects = variance * seen.values.T @ cho_solve((factor, True), values, check_finite=False)
     known = solve_triangular(factor, seen.values, lower=True, check_finite=False)
