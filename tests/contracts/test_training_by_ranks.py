@@ -243,6 +243,7 @@ def test_nestling_train_by_two_ranks_is_that_by_one(tmp_path: Path) -> None:
     trained.close()
 
 
+@pytest.mark.slow
 def test_nestling_evaluate_by_two_ranks_is_that_by_one(tmp_path: Path) -> None:
     overrides = ("train.epochs=1", "train.strategy='single-path'")
     bench = pipeline.prepare(
