@@ -31,7 +31,6 @@ evaluated is kept in `--work`: the same command continues a run that was killed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,14 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import Benchmark, Figures, store
-from strategies import T_QUANTILES
+from evaluations import Evaluator, mean_and_half
+from record import Benchmark, Figures
 
 from nestling.config import ConfigError
 from nestling.pipeline import open_run
-from nestling.pipeline.candidate import candidate_metrics, latency_metrics, measure, score, write_candidate
 from nestling.pipeline.policies import is_precision
-from nestling.pipeline.workbench import Workbench
 from nestling.run import RunError
 from nestling.search import EvaluationFailed, Problem, search
 from nestling.search.pareto import hypervolume, nondominated
@@ -69,43 +66,6 @@ def uniform(space: SearchSpace, precision: str) -> SearchSpace:
 def in_precision(space: SearchSpace, arch: Arch, precision: str) -> Arch:
     """The arch of `space` that is `arch` in `precision` everywhere."""
     return space.canonical({name: precision if is_precision(name) else arch[name] for name in space.by_name})
-
-
-class Evaluator:
-    """What archs turned out to be; each is evaluated once, and kept in a file.
-
-    Args:
-        bench: of the run whose supernet lends.
-        folder: for what was found.
-    """
-
-    def __init__(self, bench: Workbench, folder: Path) -> None:
-        self.bench = bench
-        self.folder = folder
-
-    def searched(self, arch: Arch) -> Mapping[str, float]:
-        """What a search is told of `arch`, a member of the run's space or of a part of it."""
-        return self._kept(self.bench.space.canonical(arch), "searched")
-
-    def judged(self, arch: Arch) -> Mapping[str, float]:
-        """The same on the test images, the latency measured anew."""
-        return self._kept(self.bench.space.canonical(arch), "judged")
-
-    def _kept(self, arch: Arch, kind: str) -> Mapping[str, float]:
-        path = self.folder / kind / f"{arch.key}.json"
-        if path.exists():
-            found: dict[str, float] = json.loads(path.read_text())
-            return found
-        model = self.folder / f"{arch.key}.onnx"
-        candidate = write_candidate(self.bench, arch, model)
-        images = self.bench.data.search if kind == "searched" else self.bench.data.test()
-        accuracy = score(self.bench.device, model, images, resolution=candidate.resolution)
-        measurement = measure(self.bench.device, model)
-        metrics = candidate_metrics(candidate, accuracy) | latency_metrics(measurement, reference_ms=1.0)
-        metrics |= {"unstable": float(measurement.unstable), "images": float(accuracy.total)}
-        model.unlink()
-        store(path, metrics)
-        return metrics
 
 
 def method_space(space: SearchSpace, method: str) -> SearchSpace:
@@ -164,8 +124,6 @@ def measure_all(options: argparse.Namespace) -> Figures:
         _ = bench.supernet  # an unfinished training is told before anything else
         folder = options.work or options.run / "joint_search"
         evaluator = Evaluator(bench, folder)
-        for kind in ("searched", "judged"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
         largest = bench.space.largest
         ends = {
             precision: dict(evaluator.judged(in_precision(bench.space, largest, precision)))
@@ -222,14 +180,6 @@ def parts(figures: Figures, method: str, cost: str, *, less: float) -> list[floa
 def volumes(figures: Figures, method: str, cost: str = "latency_ms") -> list[float]:
     """The hypervolumes of `method`, seed by seed."""
     return [row[method]["hypervolume"][cost] for row in figures["seeds"]]
-
-
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half of its 95 % interval (Student's t); infinite with one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, float("inf")
-    return mean, T_QUANTILES[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def misses(figures: Figures) -> list[str]:

@@ -27,6 +27,7 @@ from torch import nn
 from nestling.data import Batch
 from nestling.models.mobilenet import build
 from nestling.models.supernet import Supernet
+from nestling.search import Problem, Trial
 from nestling.space import Choice, SearchSpace, Value, load_space
 from nestling.train.lessons import teach
 from nestling.train.optimization import Precision
@@ -35,9 +36,9 @@ from nestling.train.strategies import Visit
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "joint_search", "kill_resume",
-    "lending_overhead", "profile_agreement", "qat", "quant_parity", "quant_speed", "search_overhead",
-    "search_workers", "sorted_net", "strategies", "timing_repeatability", "timm_sweep", "train_step",
-    "training_speed", "verify_export",
+    "lending_overhead", "profile_agreement", "qat", "quant_parity", "quant_speed", "search_cifar",
+    "search_overhead", "search_workers", "sorted_net", "strategies", "timing_repeatability", "timm_sweep",
+    "train_step", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -149,6 +150,13 @@ def good_figures(name: str) -> dict[str, Any]:
         medians = {"built in the step": 1.2, "averaged": 1.01, "curriculum": 0.7}
         ratios = {each: {"median": median} for each, median in medians.items()}
         return {"ratios": ratios, "curriculum_pixels": 0.65}
+    if name == "search_cifar":
+        # hypervolumes of four candidates; the first seed alone would miss, the mean of both is judged
+        rows = [
+            {"predictor": [0.1, 0.2, 0.4, 0.4], "NSGAIISampler": [0.1, 0.2, 0.3, 0.41]},
+            {"predictor": [0.1, 0.3, 0.5, 0.6], "NSGAIISampler": [0.1, 0.2, 0.3, 0.4]},
+        ]
+        return {"trials": 4, "objectives": ["top1", "latency_ms"], "seeds": rows}
     if name == "search_overhead":
         told_ms = {"total_ms": 60.0, "total_processor_ms": 9.0, "proposing_ms": 30.0, "recording_ms": 20.0}
         return {
@@ -263,6 +271,8 @@ BAD: list[tuple[str, Edit]] = [
     ("train_step", change_step("AttentiveNAS", "128", "nestling / elastic", to=float("nan"))),
     ("training_speed", change("ratios", "averaged", "median", to=1.06)),
     ("training_speed", change("ratios", "curriculum", "median", to=float("nan"))),
+    ("search_cifar", change("seeds", 1, "predictor", 3, to=0.4)),
+    ("search_cifar", change("seeds", 1, "NSGAIISampler", 3, to=float("nan"))),
     ("search_overhead", change("places", "SQLite", "total_ms", to=101.0)),
     ("search_overhead", change("places", "PostgreSQL", "recording_ms", to=51.0)),
     ("search_overhead", change("places", "SQLite", "total_ms", to=float("nan"))),
@@ -397,6 +407,38 @@ def test_what_was_never_stored_cannot_be_judged(
 ) -> None:
     assert load(name).main(["--check", "--stored", "--output", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
+
+
+def test_a_search_catches_up_where_its_mean_reaches_the_other_ones_last(load: Load) -> None:
+    module, figures = load("search_cifar"), good_figures("search_cifar")
+    assert module.catches_up(figures) == 3  # (0.4 + 0.5) / 2 against (0.41 + 0.4) / 2
+    assert "after 3 candidates" in module.sentence(figures)
+    change("seeds", 1, "NSGAIISampler", 3, to=0.9)(figures)
+    assert module.catches_up(figures) is None
+
+
+def test_hypervolume_grows_by_what_a_candidate_adds_within_limits(load: Load) -> None:
+    module = load("search_cifar")
+    space = load_space(BENCHMARKS.parent / "tests" / "toy_space.toml")
+    asked = Problem.parse(space, objectives=["top1", "latency_ms"], limits={"size_mb": 2.0})
+    reference = module.reference_point(asked, {"top1": 0.8, "latency_ms": 10.0})
+    assert reference == {"top1": 0.4, "latency_ms": 11.0}
+
+    def trial(top1: float, latency: float, size: float = 1.0, **told: Any) -> Trial:
+        metrics = {"top1": top1, "latency_ms": latency, "size_mb": size}
+        return Trial(0, space.smallest, metrics, told.get("state", "complete"))
+
+    tried = [
+        trial(0.7, 5.5),  # half of the error, half of the latency
+        trial(0.7, 5.5),
+        trial(0.9, 1.1, size=2.1),  # beyond the limit
+        trial(0.9, 1.1, state="failed"),
+        trial(0.1, 0.1),  # less accurate than the reference
+        trial(1.0, 8.25),
+        trial(1.0, 0.0),
+    ]
+    volumes = module.curve(asked, tried, reference)
+    assert volumes == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.25, 0.375, 1.0])
 
 
 def test_quartiles_are_those_of_numpy(load: Load) -> None:
