@@ -22,9 +22,8 @@ from nestling.models.graph import Untraceable
 from nestling.models.graph_blocks import blocks
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import quant_policy
-from nestling.pipeline.searching import REFERENCE
 from nestling.pipeline.steps import block_signature, steps
-from nestling.pipeline.studies import searched
+from nestling.pipeline.studies import REFERENCE, searched
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError

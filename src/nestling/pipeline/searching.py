@@ -18,9 +18,10 @@ from nestling.pipeline.candidate import (
     score,
     write_candidate,
 )
+from nestling.pipeline.costs import known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.sensitivity import seeds
-from nestling.pipeline.studies import Place, about, problem, study_place
+from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
 from nestling.run import RunError
@@ -36,8 +37,6 @@ from nestling.search import (
     watch,
 )
 from nestling.space import Arch
-
-REFERENCE = "reference.json"
 
 
 def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
@@ -91,6 +90,7 @@ def join_search(bench: Workbench, *, study: str | None = None, listener: Listene
 
 def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
+    costs = known_costs(bench, listener=listener)
     return search(
         problem(bench),
         _evaluation(bench, place),
@@ -103,6 +103,8 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
         seed=bench.config.seed,
         warm_start=config.warm_start,
         seeds=_seeds(bench, listener),
+        exact=costs.exact,
+        priors=costs.priors,
         about=about(bench),
         on_trial=_telling(bench, listener),
     )
@@ -111,6 +113,7 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
 def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     _seeds(bench, listener)  # found once, and read by the workers
+    known_costs(bench, listener=listener)  # the same
     listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
     with _workers(bench) as workers:
         return watch(

@@ -12,6 +12,8 @@ from nestling.pipeline.workbench import Workbench
 from nestling.search import Problem, SearchResult, load_result, parse_limits
 
 STUDY = "nestling"
+REFERENCE = "reference.json"
+"""The run's file of the reference model, as its first measurement found it."""
 
 
 def problem(bench: Workbench) -> Problem:

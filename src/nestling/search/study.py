@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from nestling.search.database import Database, StudyUnavailable
+from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_batch
 from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
@@ -46,6 +47,8 @@ def search(
     seed: int = 0,
     warm_start: int = 6,
     seeds: Sequence[Arch] = (),
+    exact: Mapping[str, Exact] | None = None,
+    priors: Mapping[str, Exact] | None = None,
     about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
     lease_seconds: float = LEASE_SECONDS,
@@ -71,6 +74,7 @@ def search(
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
+        exact: metrics that the strategy need not learn, see `make_proposer`; so are `priors`.
         about: what else must be the same for all who search this study, by name.
         on_trial: called for each new trial, this process's or another's, when it is stored.
         lease_seconds: how long a process may be silent before another one does its work.
@@ -82,7 +86,7 @@ def search(
         StudyUnavailable: the database cannot be reached or written.
         ValueError: no such strategy, or one that cannot search this space.
     """
-    proposer = make_proposer(strategy, problem, population=population)
+    proposer = make_proposer(strategy, problem, population=population, exact=exact, priors=priors)
     wanted = min(trials, problem.space.size)
 
     with open_queue(problem, storage, name, about=about, lease_seconds=lease_seconds) as queue:

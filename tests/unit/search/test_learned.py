@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from nestling.search.encoding import Encoding
-from nestling.search.learned import learn
+from nestling.search.encoding import Codes, Encoding
+from nestling.search.learned import cheapest, learn
 from nestling.space import Arch, Choice, Need, SearchSpace
 
 
@@ -55,3 +56,24 @@ def test_too_few_samples_and_values_that_are_no_numbers_are_refused() -> None:
         learn(blocks(), cost, samples=3)
     with pytest.raises(ValueError, match="has the value inf; it must be finite"):
         learn(blocks(), lambda arch: cost(arch) * float("inf"), samples=10)
+
+
+def test_of_a_space_with_few_archs_all_are_asked_for() -> None:
+    space = blocks().only({"s1.width": [8], "s2.depth": [1], "s3.depth": [1], "resolution": [16]})
+    learned = learn(space, cost, samples=space.size)
+    assert (learned.typical, learned.worst) == (0.0, 0.0)
+    archs = list(space.walk())
+    assert learned(Encoding(space).codes(archs)).tolist() == [cost(arch) for arch in archs]
+
+
+def test_the_cheapest_archs_are_found_where_they_are_not_at_an_end() -> None:
+    space = blocks().only({"s1.depth": [2], "s2.depth": [1], "s3.depth": [1], "resolution": [16]})
+
+    def away(codes: Codes) -> NDArray[np.float64]:
+        return np.asarray(1.0 + np.abs(codes - 1).sum(axis=1), dtype=np.float64)
+
+    found = cheapest(space, away, count=3)
+    everything = Encoding(space).codes(space.walk())
+    values = away(Encoding(space).codes(found))
+    assert values[0] == away(everything).min()
+    assert values.tolist() == sorted(values)

@@ -1,0 +1,236 @@
+"""What a search knows of archs without asking a device: costs that are computed, latencies that were learnt.
+
+Computing a cost means building, and for a file's size writing, the network. That is done for some hundred
+archs; a stand-in learned from them answers the thousands of questions of an evolution, and is told with its
+error. What was computed is kept in the run's folder, so that one process computes it for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from nestling.models.graph import Untraceable
+from nestling.pipeline.candidate import Candidate, candidate_metrics, file_metadata
+from nestling.pipeline.floats import FloatNetwork
+from nestling.pipeline.latency import MODEL, load_predictor, predict_latency
+from nestling.pipeline.listening import Listener
+from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.studies import problem
+from nestling.pipeline.workbench import Workbench
+from nestling.pipeline.writing import write_file
+from nestling.quant import Recipe, quantize
+from nestling.search import InfeasibleLimit
+from nestling.search.learned import Learned, cheapest, learn
+from nestling.search.losses import Exact
+from nestling.space import Arch
+from nestling.train.evaluate import Accuracy
+
+COSTS = "costs.json"
+"""The run's file of costs that were computed, and of latencies that were predicted, for stand-ins."""
+READS_THEM = frozenset({"predictor", "linas"})
+"""Strategies that can be told what they need not learn."""
+SAMPLES = {"mmacs": 300, "size_mb": 150, "peak_mb": 150, "latency_ms": 150}
+"""Archs that a stand-in is learned from: counting is fast; writing files and tracing take longer."""
+KEEP_EVERY = 25
+OFF_AT_MOST = 0.05
+"""Median error on archs it was not shown up to which a stand-in takes the place of learning from trials."""
+GOOD_TAU = 0.8
+"""Kendall's tau on networks that were left out, from which on a latency model is believed."""
+TRIED_CHEAPEST = 5
+SPARED = 0.02
+"""A limit this much below the least cost that was found is not refused: something less may be there."""
+
+Ask = Callable[[Arch], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a search is told beforehand.
+
+    Attributes:
+        exact: metrics that it need not learn.
+        priors: numbers that may help to learn the others.
+    """
+
+    exact: Mapping[str, Exact]
+    priors: Mapping[str, Exact]
+
+
+def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
+    """What the run's search need not learn from its trials.
+
+    Multiply-accumulates, the size of the file and the peak of its activations are computed, where they are
+    objectives or limits. A latency model that `nestling latency` has made for this device is a prior of the
+    latency where it put networks that were left out in order with a Kendall tau of `GOOD_TAU` or more.
+
+    Raises:
+        InfeasibleLimit: no network keeps a limit on a computed cost; the least that was found is named.
+        RunError: the run's latency model is damaged.
+    """
+    if bench.config.search.strategy not in READS_THEM:
+        return Costs({}, {})
+    asked = problem(bench)
+    exact: dict[str, Exact] = {}
+    for metric, ask in _computed(bench).items():
+        if metric not in asked.needed():
+            continue
+        kept = _Kept(bench, metric, ask)
+        try:
+            learned = kept.learned(SAMPLES[metric])
+        except (Untraceable, ValueError) as error:
+            listener.note(f"{metric} is learnt from the candidates, it cannot be computed: {error}")
+            continue
+        _refuse_infeasible(bench, metric, learned, kept)
+        if learned.typical > OFF_AT_MOST:
+            listener.note(
+                f"{metric} is learnt from the candidates: what was computed of {len(learned.known)} networks "
+                f"tells it of others with an error of {learned.typical:.1%}"
+            )
+            continue
+        listener.note(
+            f"{metric} is computed, not learnt: of {len(learned.known)} networks exactly, of others by what "
+            f"these tell, {learned.typical:.2%} off ({learned.worst:.1%} at most)"
+        )
+        exact[metric] = learned
+    return Costs(exact, _latency_prior(bench, listener) if "latency_ms" in asked.needed() else {})
+
+
+class _Kept:
+    """A function of archs whose values are read from, and kept in, the run's folder."""
+
+    def __init__(self, bench: Workbench, name: str, ask: Ask) -> None:
+        self._bench, self._name, self._ask = bench, name, ask
+        self._known: dict[str, float] = (bench.run.read_json(COSTS) or {}).get(name, {})
+        self._new = 0
+
+    def __call__(self, arch: Arch) -> float:
+        if arch.key not in self._known:
+            self._known[arch.key] = self._ask(arch)
+            self._new += 1
+            if self._new == KEEP_EVERY:
+                self.keep()
+        return self._known[arch.key]
+
+    def learned(self, samples: int) -> Learned:
+        """What stands for the function, learned from `samples` archs.
+
+        Raises:
+            Exception: as the function does.
+        """
+        found = learn(self._bench.space, self, samples=samples)
+        self.keep()
+        return found
+
+    def keep(self) -> None:
+        """Writes what is known."""
+        if not self._new:
+            return
+        self._new = 0
+        others = self._bench.run.read_json(COSTS) or {}
+        self._bench.run.write_json(COSTS, others | {self._name: others.get(self._name, {}) | self._known})
+
+
+def _computed(bench: Workbench) -> dict[str, Ask]:
+    return {
+        "mmacs": lambda arch: bench.macs(arch) / 1e6,
+        "size_mb": lambda arch: file_costs(bench, arch)["size_mb"],
+        "peak_mb": lambda arch: file_costs(bench, arch)["peak_mb"],
+    }
+
+
+def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
+    """What of the candidate of `arch` depends on no weight: `size_mb`, `peak_mb` and `mmacs`.
+
+    The network is written with the weights that its constructor draws, and ranges of random images.
+
+    Raises:
+        Untraceable: its graph cannot be told.
+    """
+    resolution = bench.resolution(arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = bench.family.build(arch).eval()
+        images = torch.randn(2, 3, resolution, resolution)
+    floats = FloatNetwork(network, resolution=resolution, image=images[:1])
+    graph = floats.traced
+    if isinstance(graph, Untraceable):
+        raise graph
+    policy = quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep)
+    # how weights are rounded takes long, and changes neither operators nor shapes
+    recipe = bench.config.quant.model_dump(exclude={"keep"}) | {"rounding": "nearest"}
+    reduced = bench.device.fingerprint.int8_saturates
+    quantized = quantize(graph, policy, [images], recipe=Recipe(**recipe), reduce_range=reduced)
+    with TemporaryDirectory(prefix="nestling-") as folder:
+        path = Path(folder) / f"{arch.key}.onnx"
+        metadata, dynamic = file_metadata(bench, arch), bench.config.export.dynamic_batch
+        write_file(quantized, path, dynamic_batch=dynamic, metadata=metadata)
+        metrics = candidate_metrics(Candidate(arch, path, floats, policy, quantized), Accuracy(0, 1))
+    return {metric: value for metric, value in metrics.items() if metric != "top1"}
+
+
+def _refuse_infeasible(bench: Workbench, metric: str, learned: Learned, ask: _Kept) -> None:
+    """Refuses a limit on `metric` that the cheapest archs do not keep.
+
+    Raises:
+        InfeasibleLimit: see there.
+    """
+    limit = next((limit for limit in problem(bench).limits if limit.metric == metric), None)
+    if limit is None or any(value <= limit.bound for value in learned.known.values()):
+        return
+    cost, arch = min(
+        ((ask(arch), arch) for arch in cheapest(bench.space, learned, count=TRIED_CHEAPEST)), key=_first
+    )
+    ask.keep()
+    if limit.bound < (1 - SPARED) * cost:
+        raise InfeasibleLimit(
+            f"no network can keep {limit}: the least {metric} that was found in the space is {cost:.4g} "
+            f"({arch.to_json()}); raise the limit, or give the space smaller values"
+        )
+
+
+def _first(found: tuple[float, Arch]) -> float:
+    return found[0]
+
+
+def _latency_prior(bench: Workbench, listener: Listener) -> dict[str, Exact]:
+    """The logarithm of the latency that the run's model predicts; nothing where there is no good one."""
+    predictor = load_predictor(bench)
+    if predictor is None:
+        return {}
+    told = bench.run.read_json(MODEL)
+    tau = float(told["held_out"]["model"]["tau"])
+    where = bench.run.folder / MODEL
+    if predictor.device != bench.device.fingerprint.key:
+        listener.note(f"{where} is not used: it is of another device or runtime ({told['told']})")
+        return {}
+    if not tau >= GOOD_TAU:
+        listener.note(
+            f"{where} is not used: its Kendall tau on networks that were left out is {tau:.2f}, and must be "
+            f"{GOOD_TAU} or more; `nestling latency --measure {2 * int(told['networks'])}` may help"
+        )
+        return {}
+    digest = hashlib.sha256(json.dumps(told["model"]).encode()).hexdigest()[:16]
+    kept = _Kept(bench, f"latency_ms by {digest}", partial(predict_latency, predictor))
+    try:
+        learned = kept.learned(SAMPLES["latency_ms"])
+    except ValueError as error:
+        listener.note(f"{where} is not used: {error}")
+        return {}
+    listener.note(
+        f"{where} helps to learn latencies: Kendall tau {tau:.2f} on networks that were left out of "
+        f"{told['networks']}"
+    )
+    limit = next((limit for limit in problem(bench).limits if limit.metric == "latency_ms"), None)
+    least = min(learned.known.values())
+    if limit is not None and least > limit.bound:
+        listener.note(f"no network is predicted to keep {limit}: the fastest may take {least:.4g} ms")
+    return {"latency_ms": lambda codes: np.log(np.maximum(learned(codes), 1e-9))}
