@@ -458,7 +458,7 @@ BENCHMARK = Benchmark("device_faults", __doc__, measure, sentence, misses)
 
 def main(words: list[str] | None = None) -> int:
     parser = BENCHMARK.parser()
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything; stored apart")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts [default: all]")
     parser.add_argument("--seed", type=int, default=0, help="of every random decision [default: 0]")
     return BENCHMARK.run(parser.parse_args(words))

@@ -252,7 +252,7 @@ BENCHMARK = Benchmark("fleet", __doc__, measure, sentence, misses)
 
 def main(words: list[str] | None = None) -> int:
     parser = BENCHMARK.parser()
-    parser.add_argument("--quick", action="store_true", help="12 candidates instead of 60")
+    parser.add_argument("--quick", action="store_true", help="12 candidates instead of 60; stored apart")
     parser.add_argument("--seed", type=int, default=0, help="of the plan [default: 0]")
     options = parser.parse_args(words)
     if not options.stored and (code := own_network(sys.argv[1:] if words is None else words)) is not None:

@@ -15,9 +15,9 @@ and once learnt from 25, 50, 100 and 200 random ones and judged on all others, t
 Claim: by folds, the model's tau is at least 0.95.
 
 The table of all measurements is stored beside the figures, in `results/predictor_measured.json`, and an
-interrupted measuring is continued from it. `--stored` measures nothing: it fits and judges anew.
+interrupted measuring is continued from it. `--refit` measures nothing: it fits today's model to that table.
 
-    python benchmarks/predictor.py [--check] [--stored] [--networks 300] [--seconds 0.5] [--quick]
+    python benchmarks/predictor.py [--check] [--refit] [--networks 300] [--seconds 0.5] [--quick]
 
 Takes 15 minutes on two idle cores; with --quick, 60 networks, 4, and proves nothing.
 """
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, Benchmark, Figures, place, store
+from record import RESULTS, UNFINISHED, Benchmark, Figures, place, store
 
 from nestling.export import ExportMismatch
 from nestling.models.building import build_shapes
@@ -208,20 +208,21 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.5, metavar="S", help="the longest that one is timed [default: 0.5]"
     )
-    parser.add_argument("--quick", action="store_true", help="60 networks")
+    parser.add_argument("--quick", action="store_true", help="60 networks; stored apart")
+    parser.add_argument("--refit", action="store_true", help="measure nothing: fit what was measured anew")
     parser.add_argument(
         "--measured",
         type=Path,
-        default=RESULTS / MEASURED,
         metavar="FILE",
-        help=f"where measurements are kept [default: benchmarks/results/{MEASURED}]",
+        help=f"where measurements are kept [default: benchmarks/results/{MEASURED}; with --quick in build]",
     )
     options = parser.parse_args(words)
     if options.quick:
         options.networks = min(options.networks, 60)
-    # stored figures would tell of the models of that day: what was measured is fitted with today's
-    options.refit = options.stored and options.measured.exists()
-    options.stored = options.stored and not options.refit
+    options.measured = options.measured or (UNFINISHED if options.quick else RESULTS) / MEASURED
+    if options.refit and not options.measured.exists():
+        print(f"there is no {options.measured}; run the benchmark without --refit first", file=sys.stderr)
+        return 1
     return BENCHMARK.run(options)
 
 

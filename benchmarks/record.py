@@ -3,6 +3,8 @@
 A benchmark measures figures, stores them with machine, date and commit in `results/<name>.json`, and says
 them in one sentence: the last line of its output. With `--check` the exit code says whether they are good
 enough, and nothing is stored. With `--stored` nothing is measured: the stored figures are said, or judged.
+With `--quick`, where there is such an option, figures are stored as those of another benchmark,
+`<name>_quick`, so that a small run never takes the place of a full one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+UNFINISHED = Path(__file__).parents[1] / "build" / "unfinished"
+"""Where parts of interrupted runs are kept; git passes it over and `make clean` removes it."""
 PACKAGES = ("torch", "timm", "optuna", "onnxruntime", "numpy")
 
 Figures = Mapping[str, Any]
@@ -66,7 +70,8 @@ class Benchmark:
 
     def run(self, options: argparse.Namespace) -> int:
         """The exit code: 1 where `--check` finds a miss, else 0."""
-        stored_at = options.output or RESULTS / f"{self.name}.json"
+        apart = vars(options).get("quick", False) and not self.name.endswith("_quick")
+        stored_at = options.output or RESULTS / f"{self.name}{'_quick' * apart}.json"
         if options.stored:
             if not stored_at.exists():
                 print(f"there is no {stored_at}; run the benchmark without --stored first", file=sys.stderr)
@@ -82,6 +87,39 @@ class Benchmark:
             print(f"missed: {miss}", file=sys.stderr)
         print(self.sentence(figures), flush=True)
         return 1 if misses and options.check else 0
+
+
+class Parts:
+    """The parts of a long measurement, each kept until the whole is there: an interrupted run is continued.
+
+    What is kept counts for the same machine, versions, commit and settings alone; else all is measured anew.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], *, folder: Path = UNFINISHED) -> None:
+        """Finds what is kept of the benchmark `name`, with settings that JSON knows, in `folder`."""
+        here = place()
+        key = {name: here[name] for name in ("commit", "machine", "python", "packages")}
+        key["machine"] = {**key["machine"], "load_at_start": None}
+        self._path = folder / f"{name}.json"
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._kept: dict[str, Any] = {
+            "of": json.loads(json.dumps({**key, "settings": settings})),
+            "parts": {},
+        }
+        if known.get("of") == self._kept["of"]:
+            self._kept = known
+            print(f"continued: {len(known['parts'])} parts are kept in {self._path}", flush=True)
+
+    def part(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The part `name`: what `measure` gives, as JSON knows it, unless it is kept."""
+        if name not in self._kept["parts"]:
+            self._kept["parts"][name] = json.loads(json.dumps(measure()))
+            store(self._path, self._kept)
+        return self._kept["parts"][name]
+
+    def finish(self) -> None:
+        """Keeps nothing any longer: all is measured."""
+        self._path.unlink(missing_ok=True)
 
 
 def _short(word: str) -> str:

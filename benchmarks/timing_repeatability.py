@@ -6,10 +6,11 @@ fresh process, while the machine is quiet and while a busy loop has the other co
 - ours: `Device.measure`, and of it the ratio to the reference model; measurements that it flags as unstable
   are counted, and left out, as a search does not use them;
 - plain: the median of 50 calls, in milliseconds;
-- loop: the median of all calls of 1.5 s, as onnxruntime_perf_test takes them, divided by that of the
-  reference model, which the next process times in the same way.
+- loop: the median of all calls of 0.75 s, as onnxruntime_perf_test takes them, divided by that of the
+  reference model, which the same process times next in the same way. (The 50 calls are its first ones.)
 
-Then two copies of one file are compared with each other, as `nestling profile --compare` does it, 100 times.
+The files take turns, so that a machine that changes over minutes changes the measurements of each. Then two
+copies of one file are compared with each other, as `nestling profile --compare` does it, 100 times.
 
 Claims, of the coefficient of variation of ours in each file:
 
@@ -19,31 +20,39 @@ Claims, of the coefficient of variation of ours in each file:
 
     python benchmarks/timing_repeatability.py [--check] [--measurements 20] [--comparisons 100] [--quick]
 
-Takes 40 minutes on two idle cores; with --quick 3, and proves nothing.
+Takes 25 minutes on two idle cores; with --quick one, and proves nothing. Every measurement is kept as soon as
+it is made: the same command continues a run that was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import Benchmark, Figures
+from record import Benchmark, Figures, Parts
 from timm_files import NETWORKS, write_networks
 
-from nestling.profile import compare_files, connect
+from nestling.profile import Device, compare_files, connect
 from nestling.profile.reference import reference_model
 
 PIXELS = 128
 SECONDS = 1.5
+LOOP_SECONDS = 0.75
+PLAIN_CALLS = slice(2, 52)
+"""Of the calls that are timed, and that one call came before: three pass untimed."""
+COMPARE_SECONDS = 3.0
 MOST_QUIET, MOST_LOADED = 0.02, 0.04
 MOST_FLAGGED = 0.05
 LEAST_LEFT = 3
@@ -65,22 +74,23 @@ def busy_core(core: int | None) -> Iterator[None]:
             process.kill()
 
 
-def plain(path: Path, *words: str) -> float:
-    """The median milliseconds that the plain loop finds, in a process of its own."""
-    command = [sys.executable, str(PLAIN), str(path), *words]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def plain(*paths: Path, seconds: float, calls: int = 1) -> list[list[float]]:
+    """The milliseconds of each call of each file in a plain loop, in a process of its own."""
+    command = [sys.executable, str(PLAIN), *map(str, paths), "--seconds", str(seconds), "--calls", str(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def one_round(path: Path, reference: Path) -> dict[str, Any]:
     """Each way of measuring, once."""
     with connect("ort:cpu", seconds=SECONDS) as device:
         taken = device.measure(path)
-    loop = ("--seconds", str(SECONDS))
+    own, others = plain(path, reference, seconds=LOOP_SECONDS, calls=PLAIN_CALLS.stop)
     return {
         "ours": taken.ratio,
-        "because": list(taken.unstable_because),
-        "plain": plain(path, "--calls", "50"),
-        "loop": plain(path, *loop) / plain(reference, *loop),
+        "flagged": list(taken.unstable_because),
+        "plain": statistics.median(own[PLAIN_CALLS]),
+        "loop": statistics.median(own) / statistics.median(others),
     }
 
 
@@ -88,43 +98,48 @@ def measure(options: argparse.Namespace) -> Figures:
     """All measurements; prints a line for each file and state of the machine."""
     names = NETWORKS[:2] if options.quick else NETWORKS
     count = 3 if options.quick else options.measurements
-    core = max(os.sched_getaffinity(0))
-    files: dict[str, Any] = {}
+    comparisons = 5 if options.quick else options.comparisons
+    settings = {"names": names, "seconds": (SECONDS, LOOP_SECONDS, COMPARE_SECONDS)}
+    parts = Parts(BENCHMARK.name + "_quick" * options.quick, settings)
+    states = {"quiet": None, "loaded": max(os.sched_getaffinity(0))}
+    files: dict[str, Any] = {name: {} for name in names}
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.onnx"
         reference.write_bytes(reference_model())
         paths = write_networks(Path(folder), names, pixels=PIXELS)
-        for name, path in paths.items():
-            files[name] = {}
-            for state, busy in (("quiet", None), ("loaded", core)):
-                with busy_core(busy):
-                    rounds = [one_round(path, reference) for _ in range(count)]
-                found = {
-                    "ours": [one["ours"] for one in rounds],
-                    "flagged": [one["because"] for one in rounds],
-                    "plain": [one["plain"] for one in rounds],
-                    "loop": [one["loop"] for one in rounds],
-                }
-                files[name][state] = found
-                print(line(name, state, found), flush=True)
-        compared = compare_copies(list(paths.values()), 5 if options.quick else options.comparisons)
-    return {"files": files, "copies": compared}
+        for state, busy in states.items():
+            with busy_core(busy):
+                rounds = [
+                    {
+                        name: parts.part(f"{state} {number} {name}", partial(one_round, path, reference))
+                        for name, path in paths.items()
+                    }
+                    for number in range(count)
+                ]
+            for name in names:
+                taken = [one[name] for one in rounds]
+                files[name][state] = {key: [one[key] for one in taken] for key in taken[0]}
+                print(line(name, state, files[name][state]), flush=True)
+        turns = [list(paths.values())[number % len(paths)] for number in range(comparisons)]
+        with connect("ort:cpu") as device:
+            told = [
+                parts.part(f"comparison {number}", partial(compare_with_copy, device, path))
+                for number, path in enumerate(turns)
+            ]
+    parts.finish()
+    unstable = sum(one["unstable"] for one in told)
+    claims = sum(one["differs"] and not one["unstable"] for one in told)
+    speedups = [one["speedup"] for one in told]
+    return {"files": files, "copies": {"speedups": speedups, "claims": claims, "unstable": unstable}}
 
 
-def compare_copies(paths: Sequence[Path], count: int) -> dict[str, Any]:
-    """How often two copies of one file are called different; every file has its turn."""
-    speedups, claims, unstable = [], 0, 0
-    with connect("ort:cpu") as device:
-        for number in range(count):
-            path = paths[number % len(paths)]
-            copy = path.with_name("copy.onnx")
-            shutil.copyfile(path, copy)
-            told = compare_files(device, path, copy, seconds=3.0)
-            speedups.append(round(told.speedup, 5))
-            unstable += told.unstable
-            claims += told.differs and not told.unstable
-            print(f"comparison {number + 1}: {told.speedup:.4f} +- {told.half_width:.4f}", flush=True)
-    return {"speedups": speedups, "claims": claims, "unstable": unstable}
+def compare_with_copy(device: Device, path: Path) -> dict[str, Any]:
+    """What a comparison of a file with its copy claims."""
+    copy = path.with_name("copy.onnx")
+    shutil.copyfile(path, copy)
+    told = compare_files(device, path, copy, seconds=COMPARE_SECONDS)
+    print(f"{path.stem} and its copy: {told.speedup:.4f} +- {told.half_width:.4f}", flush=True)
+    return {"speedup": round(told.speedup, 5), "differs": told.differs, "unstable": told.unstable}
 
 
 def used(found: Figures) -> list[float]:
@@ -200,7 +215,9 @@ def main(words: list[str] | None = None) -> int:
         "--measurements", type=int, default=20, metavar="N", help="of each file [default: 20]"
     )
     parser.add_argument("--comparisons", type=int, default=100, metavar="N", help="of copies [default: 100]")
-    parser.add_argument("--quick", action="store_true", help="two files, 3 measurements, 5 comparisons")
+    parser.add_argument(
+        "--quick", action="store_true", help="two files, 3 measurements, 5 comparisons; stored apart"
+    )
     return BENCHMARK.run(parser.parse_args(words))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import hashlib
@@ -36,9 +37,9 @@ from nestling.train.strategies import Visit
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "arch_switch", "candidate_cost", "convert_sweep", "cost_counter", "ddp", "joint_search", "kill_resume",
-    "lending_overhead", "profile_agreement", "qat", "quant_parity", "quant_speed", "search_cifar",
-    "search_overhead", "search_workers", "sorted_net", "strategies", "timing_repeatability", "timm_sweep",
-    "train_step", "training_speed", "verify_export",
+    "lending_overhead", "predictor", "profile_agreement", "qat", "quant_parity", "quant_speed",
+    "search_cifar", "search_overhead", "search_workers", "sorted_net", "strategies", "timing_repeatability",
+    "timm_sweep", "train_step", "training_speed", "verify_export",
 )  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
 
@@ -189,6 +190,9 @@ def good_figures(name: str) -> dict[str, Any]:
         states = {"quiet": {**quiet, **others}, "loaded": {**noted, **others}}
         copies = {"speedups": [1.0] * 20, "claims": 1, "unstable": 2}
         return {"files": {"resnet18": copy.deepcopy(states)}, "copies": copies}
+    if name == "predictor":
+        ways = {way: {"mape": 0.03, "tau": 0.96, "told": 300} for way in ("model", "table", "macs")}
+        return {"networks": 300, "folds": ways, "sizes": {"25": copy.deepcopy(ways)}}
     if name == "profile_agreement":
         milliseconds = {"ort:cpu": 10.4, "openvino:cpu": 7.0, "loop": 10.0}
         agreed = {"milliseconds": milliseconds, "rounds": 5, "unstable": 0}
@@ -297,6 +301,8 @@ BAD: list[tuple[str, Edit]] = [
     ("timing_repeatability", change("files", "resnet18", "loaded", "ours", to=[3.0, 3.4, 3.0, 3.0])),
     ("timing_repeatability", change("files", "resnet18", "quiet", "ours", to=[3.0, float("nan"), 3.0, 3.0])),
     ("timing_repeatability", change("copies", "claims", to=2)),
+    ("predictor", change("folds", "model", "tau", to=0.949)),
+    ("predictor", change("folds", "model", "tau", to=float("nan"))),
     ("profile_agreement", change("networks", "resnet18", "milliseconds", "loop", to=9.8)),
     ("profile_agreement", change("networks", "resnet18", "milliseconds", "loop", to=float("nan"))),
     ("timm_sweep", change("rows", 0, "full_size", to=False)),
@@ -321,6 +327,10 @@ BAD: list[tuple[str, Edit]] = [
     ("kill_resume", change("search", 0, "other_metrics", to=1)),
     ("kill_resume", change("search", 0, "integrity", to="row 3 missing from index")),
 ]
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 def judge_stored(module: ModuleType, figures: dict[str, Any], folder: Path, *words: str) -> int:
@@ -439,6 +449,35 @@ def test_hypervolume_grows_by_what_a_candidate_adds_within_limits(load: Load) ->
     ]
     volumes = module.curve(asked, tried, reference)
     assert volumes == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.25, 0.375, 1.0])
+
+
+def test_a_quick_run_is_stored_beside_the_full_one(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = load("record")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    made = record.Benchmark("one", "", measure=lambda _: {}, sentence=lambda _: "said", misses=lambda _: [])
+    for quick in (True, False):
+        made.run(argparse.Namespace(stored=False, check=False, output=None, quick=quick))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one_quick.json"]
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(load: Load, tmp_path: Path) -> None:
+    record = load("record")
+    parts = record.Parts("long", {"seconds": 1.5}, folder=tmp_path)
+    assert parts.part("first", lambda: 1) == 1
+    with pytest.raises(KeyboardInterrupt):
+        parts.part("second", interrupted)
+    again = record.Parts("long", {"seconds": 1.5}, folder=tmp_path)
+    assert [again.part(name, lambda: 2) for name in ("first", "second")] == [1, 2]
+    again.finish()
+    assert record.Parts("long", {"seconds": 1.5}, folder=tmp_path).part("first", lambda: 3) == 3
+
+
+def test_parts_that_were_measured_otherwise_do_not_count(load: Load, tmp_path: Path) -> None:
+    record = load("record")
+    record.Parts("long", {"seconds": 1.5}, folder=tmp_path).part("first", lambda: 1)
+    assert record.Parts("long", {"seconds": 3.0}, folder=tmp_path).part("first", lambda: 2) == 2
 
 
 def test_quartiles_are_those_of_numpy(load: Load) -> None:
