@@ -76,7 +76,7 @@ def opened(
         update={"objectives": objectives, "limits": limits or {}, "strategy": strategy}
     )
     bench.config = bench.config.model_copy(update={"search": search})
-    bench.device = SimpleNamespace(fingerprint=HERE, close=lambda: None)  # type: ignore[assignment]
+    bench.device = SimpleNamespace(fingerprint=HERE, close=lambda: None)
     return bench
 
 
