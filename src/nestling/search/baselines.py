@@ -15,6 +15,7 @@ from nestling.search.encoding import Codes, Encoding, anything, unlike
 from nestling.search.evolution import best, evolve, mutate
 from nestling.search.losses import Exact, losses_of, violations_of
 from nestling.search.objectives import Problem
+from nestling.search.predictors import support
 from nestling.search.result import Trial
 from nestling.space import Arch
 
@@ -177,15 +178,15 @@ def stacked(
     """What predicts `values` (N,) from `rows` (N, features): ridge, and an RBF-SVR on what it leaves."""
     # takes a second to import, which only those who fit it should wait for
     from sklearn.linear_model import Ridge
-    from sklearn.svm import SVR
 
     centre, scale = float(values.mean()), float(values.std()) or 1.0
     scaled = (values - centre) / scale
     ridge = Ridge(alpha=1.0).fit(rows, scaled)
-    machine = SVR(C=10.0, gamma="scale", epsilon=0.01).fit(rows, scaled - ridge.predict(rows))
+    slopes, rest = ridge.coef_, float(ridge.intercept_)
+    machine = support(rows, scaled - ridge.predict(rows), epsilon=0.01)
 
     def predict(asked: NDArray[np.float64]) -> NDArray[np.float64]:
-        told: NDArray[np.float64] = centre + scale * (ridge.predict(asked) + machine.predict(asked))
+        told: NDArray[np.float64] = centre + scale * (asked @ slopes + rest + machine(asked))
         return told
 
     return predict

@@ -13,7 +13,7 @@ from nestling.search import fitting
 from nestling.search.encoding import Codes, Encoding
 from nestling.search.features import FeatureMap
 from nestling.search.fitting import fit_model, settled
-from nestling.search.predictors import FAMILIES, agreement, judge, out_of_fold
+from nestling.search.predictors import FAMILIES, agreement, judge, out_of_fold, support
 from nestling.space import Choice, SearchSpace
 
 Values = NDArray[np.float64]
@@ -138,3 +138,13 @@ def test_another_family_as_base_keeps_mean_and_draws_together(
     error, order = model.held_out()
     assert error < values.std()
     assert order > 0.2
+
+
+def test_a_support_vector_machine_says_what_scikit_learn_s_says() -> None:
+    from sklearn.svm import SVR
+
+    rng = np.random.default_rng(0)
+    rows, asked = rng.standard_normal((40, 7)), rng.standard_normal((30, 7))
+    values = np.sin(rows[:, 0]) + rows[:, 1] * rows[:, 2]
+    wanted = SVR(C=10.0, gamma="scale", epsilon=0.05).fit(rows, values).predict(asked)
+    assert support(rows, values, epsilon=0.05)(asked) == pytest.approx(wanted, rel=1e-9)
