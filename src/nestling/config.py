@@ -243,6 +243,9 @@ class SearchConfig(Part):
     sensitivity: bool = False
     """Whether archs that save bits where the largest network loses least by it are evaluated next: see
     `nestling.quant.sensitivity`."""
+    stop_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Ends the search before `trials` where the last quarter of the candidates, 20 at least, added less than
+    this part to the front's hypervolume; 0 never does."""
     recalibration_images: Count = 1024
     calibration_images: Count = 128
 

@@ -28,6 +28,7 @@ from nestling.run import RunError
 from nestling.search import (
     EvaluationFailed,
     SearchResult,
+    Stopping,
     Trial,
     Workers,
     agree,
@@ -65,6 +66,12 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         listener.note(
             f"all {judged} candidates were evaluated under other limits; "
             f"`--set search.trials={2 * judged}` looks for more under these"
+        )
+    below = bench.config.search.stop_below
+    if (stop := Stopping(asked, below).look(result.trials)) is not None:
+        listener.note(
+            f"the search has ended early: {stop}, less than search.stop_below ({below:.2%}); "
+            "`--set search.stop_below=0` goes on"
         )
     for told in result.unmet:
         listener.note(told)
@@ -105,6 +112,7 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
         seeds=_seeds(bench, listener),
         exact=costs.exact,
         priors=costs.priors,
+        stop_below=config.stop_below,
         about=about(bench),
         on_trial=_telling(bench, listener),
     )
@@ -121,6 +129,7 @@ def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
             storage=place.storage,
             name=place.name,
             trials=config.trials,
+            stop_below=config.stop_below,
             about=about(bench),
             on_trial=_telling(bench, listener),
             while_waiting=workers.check,

@@ -8,6 +8,7 @@ from nestling.search.pareto import hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
+from nestling.search.stopping import Stop, Stopping
 from nestling.search.study import EvaluationFailed, agree, load_result, search, watch
 from nestling.search.workers import Workers, WorkersLost, end_with_input
 
@@ -20,6 +21,8 @@ __all__ = [
     "Problem",
     "Proposer",
     "SearchResult",
+    "Stop",
+    "Stopping",
     "StudyMismatch",
     "StudyUnavailable",
     "Trial",

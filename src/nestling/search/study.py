@@ -22,6 +22,7 @@ from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_ba
 from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
 from nestling.search.record import Record, begin_study, read_record
 from nestling.search.result import SearchResult, Trial
+from nestling.search.stopping import Stopping
 from nestling.space import Arch
 
 ATTEMPTS = 1000
@@ -49,6 +50,7 @@ def search(
     seeds: Sequence[Arch] = (),
     exact: Mapping[str, Exact] | None = None,
     priors: Mapping[str, Exact] | None = None,
+    stop_below: float = 0.0,
     about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
     lease_seconds: float = LEASE_SECONDS,
@@ -75,6 +77,7 @@ def search(
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
         exact: metrics that the strategy need not learn, see `make_proposer`; so are `priors`.
+        stop_below: ends the search before `trials` where candidates add less than this: see `Stopping`.
         about: what else must be the same for all who search this study, by name.
         on_trial: called for each new trial, this process's or another's, when it is stored.
         lease_seconds: how long a process may be silent before another one does its work.
@@ -84,10 +87,11 @@ def search(
         InfeasibleLimit: not even the smallest network keeps a limit on a cost.
         StudyMismatch: the database holds a study of that name for another problem, or no study.
         StudyUnavailable: the database cannot be reached or written.
-        ValueError: no such strategy, or one that cannot search this space.
+        ValueError: no such strategy, or one that cannot search this space; or a bad `stop_below`.
     """
     proposer = make_proposer(strategy, problem, population=population, exact=exact, priors=priors)
     wanted = min(trials, problem.space.size)
+    stopping = Stopping(problem, stop_below)
 
     with open_queue(problem, storage, name, about=about, lease_seconds=lease_seconds) as queue:
         record = queue.record
@@ -99,6 +103,9 @@ def search(
             while True:
                 told = _tell(record, told, on_trial)
                 check_smallest(problem, record.trials)
+                if stopping.look(record.trials) is not None:
+                    queue.give_back()
+                    return record.result
                 if isinstance(todo, Task):
                     outcome = _evaluate(problem, evaluate, todo.arch, clock=clock)
                     todo = queue.next(wanted, outcome=(todo, outcome))
@@ -119,6 +126,7 @@ def watch(
     storage: Path | str,
     name: str,
     trials: int,
+    stop_below: float = 0.0,
     about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
     while_waiting: Callable[[int], None],
@@ -126,7 +134,7 @@ def watch(
     """Everything that was tried, once other processes have evaluated `trials` different archs.
 
     Args:
-        problem, storage, name, trials, about, on_trial: as of `search`.
+        problem, storage, name, trials, stop_below, about, on_trial: as of `search`.
         while_waiting: called again and again with the number of archs that are evaluated; what it raises
             ends the watch.
 
@@ -134,6 +142,7 @@ def watch(
         Exception: as `search`.
     """
     wanted = min(trials, problem.space.size)
+    stopping = Stopping(problem, stop_below)
     with open_queue(problem, storage, name, about=about) as queue:
         record = queue.record
         check_smallest(problem, record.trials)
@@ -147,7 +156,7 @@ def watch(
             check_smallest(problem, record.trials)
             return len(record.result.complete) + len(record.result.failed)
 
-        while (done := look()) < wanted:
+        while (done := look()) < wanted and stopping.look(record.trials) is None:
             try:
                 while_waiting(done)
             except Exception:
