@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nestling.pipeline.evaluation import SUMMARY
 from nestling.pipeline.sensitivity import SENSITIVITY
 from nestling.pipeline.workbench import Workbench
 from nestling.report.content import LayerBits, Member, ReportContent, TrainingPoint, TriedArch, Tuned
@@ -27,6 +28,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
         created=datetime.date.fromtimestamp(run.config_file.stat().st_mtime).isoformat(),
         command=shlex.join(provenance.get("command", [])),
         members=tuple(_member(card) for card in members),
+        improvement=improvement_told(run.read_json(SUMMARY) or {}),
         tuned=tuple(_tuned(card) for card in _finetuned_cards(bench)),
         objectives=result.problem.objectives if result else (),
         limits=result.problem.limits if result else (),
@@ -137,10 +139,17 @@ def _trials(result: SearchResult) -> tuple[TriedArch, ...]:
             state=trial.state,
             metrics=dict(trial.metrics),
             reason=trial.reason,
+            seconds=trial.seconds,
             on_front=trial.number in front,
         )
         for trial in result.trials
     )
+
+
+def improvement_told(evaluation: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """What `nestling evaluate` found of the front; None before that, or before there was one."""
+    found = evaluation.get("search", {}).get("improvement")
+    return None if found is None else (found["value"], found["low"], found["high"])
 
 
 def _shrinking_step(bench: Workbench) -> int | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from nestling.report.content import ReportContent
 from nestling.report.figures import area_figure, progress_figure, training_figures
 from nestling.report.markup import Markup, fact_list, join, section, tag
-from nestling.report.tried import Usage, failures, front_growth, usages
+from nestling.report.plot import Point
+from nestling.report.tried import Usage, by_time, failures, front_growth, usages
 from nestling.report.units import (
     duration,
     metric_named,
@@ -18,6 +19,7 @@ from nestling.search import Limit
 MOST_USAGES = 12
 """Choices shown before the rest is folded away."""
 MOST_FAILURES = 12
+TIME_UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 
 
 def training(content: ReportContent) -> Markup | None:
@@ -49,7 +51,9 @@ def search(content: ReportContent) -> Markup | None:
         bounds = [_limit(limit) for limit in content.limits]
         words.append("limits: " + ", ".join(bounds))
     figures = [progress_figure(content.trials, goal) for goal in content.objectives]
-    figures.append(area_figure(front_growth(content)))
+    growth = front_growth(content)
+    figures.append(area_figure(growth))
+    figures.append(_area_by_time(by_time(content, growth)))
     shown = [figure for figure in figures if figure is not None]
     legend = tag(
         "p",
@@ -99,6 +103,14 @@ def repeat(content: ReportContent) -> Markup:
     )
     config = tag("details", tag("summary", "Configuration"), tag("pre", tag("code", content.config_toml)))
     return section("Repeat it", command, tag("div", config, class_="folds") if content.config_toml else None)
+
+
+def _area_by_time(growth: Sequence[Point]) -> Markup | None:
+    if len(growth) < 2:
+        return None
+    width, unit = next(((w, u) for w, u in TIME_UNITS if growth[-1][0] >= 2 * w), TIME_UNITS[-1])
+    label = f"Time of evaluation, of all workers ({unit})"
+    return area_figure([(seconds / width, volume) for seconds, volume in growth], x_label=label)
 
 
 def _limit(limit: Limit) -> str:

@@ -139,6 +139,8 @@ class TriedArch:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     reason: str = ""
     """Why it failed."""
+    seconds: float = 0.0
+    """What evaluating it took."""
     on_front: bool = False
 
     def metric(self, name: str) -> float | None:
@@ -176,6 +178,9 @@ class ReportContent:
     command: str
     """Repeats the run."""
     members: tuple[Member, ...] = ()
+    improvement: tuple[float, float, float] | None = None
+    """The part by which the front is more accurate than networks of the same MACs that nobody chose, and its
+    95 % interval, low and high, on the search images; None where nobody looked."""
     tuned: tuple[Tuned, ...] = ()
     """Networks that were trained further, or anew, by themselves."""
     objectives: tuple[Objective, ...] = ()

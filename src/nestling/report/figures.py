@@ -163,16 +163,16 @@ def progress_figure(trials: Sequence[TriedArch], goal: Objective) -> Markup | No
     )
 
 
-def area_figure(progress: Sequence[Point]) -> Markup | None:
+def area_figure(progress: Sequence[Point], *, x_label: str = "Trial") -> Markup | None:
     """The hypervolume of the front, trial by trial, in percent of the final one; None for fewer than two."""
     if len(progress) < 2:
         return None
     plot = Plot(Axis.over((x for x, _ in progress), margin=0.02), Axis(0.0, 104.0))
     return plot.frame(
         plot.steps(progress, class_="curve one"),
-        x_label="Trial",
+        x_label=x_label,
         y_label="Hypervolume of the front (% of the final)",
-        summary=f"Hypervolume of the front over {len(progress)} trials",
+        summary=f"Hypervolume of the front over {len(progress)} trials, by {x_label.lower()}",
     )
 
 

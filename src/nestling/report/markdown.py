@@ -8,7 +8,7 @@ from nestling.report.content import Member, ReportContent
 from nestling.report.markup import link
 from nestling.report.tuned import TITLES, cells
 from nestling.report.units import NONE, byte_size, count, milliseconds, percent, percent_span, short
-from nestling.report.words import headline, member_numbers
+from nestling.report.words import headline, member_numbers, verdicts
 
 _SPECIAL = str.maketrans(
     {
@@ -32,6 +32,8 @@ def front_markdown(content: ReportContent) -> str:
             f"Test accuracy with its 95 % interval, from the exported files. {_text(content.created)}."
         )
         lines.append("")
+        for sentence in verdicts(content):
+            lines += [_text(sentence), ""]
     if content.tuned:
         lines += [*_tuned_table(content), "", "Before: the same network with the supernet's weights.", ""]
     fence = _fence(content.command)

@@ -19,7 +19,7 @@ from nestling.report.units import (
     percent_span,
     short,
 )
-from nestling.report.words import by_stage, headline, picks
+from nestling.report.words import by_stage, headline, picks, verdicts
 
 
 def heading(content: ReportContent) -> Markup:
@@ -94,7 +94,8 @@ def table(content: ReportContent, numbers: Mapping[str, int]) -> Markup | None:
     )
     if timed:
         note += " Relative is the latency as a multiple of a fixed model's, timed in turns with it."
-    return section("The networks", tag("div", whole, class_="wide"), tag("p", note, class_="caption"))
+    captions = [tag("p", sentence, class_="caption") for sentence in (note, *verdicts(content))]
+    return section("The networks", tag("div", whole, class_="wide"), *captions)
 
 
 def details(content: ReportContent, numbers: Mapping[str, int]) -> Markup | None:

@@ -82,6 +82,19 @@ def front_growth(content: ReportContent) -> list[Point]:
     return growth
 
 
+def by_time(content: ReportContent, growth: Sequence[Point]) -> list[Point]:
+    """`growth`, by trial number, over the seconds that evaluating took up to that trial, of all workers.
+
+    Empty where nobody took the time.
+    """
+    numbers = [trial.number for trial in content.trials]
+    spent = np.cumsum([trial.seconds for trial in content.trials])
+    if not len(spent) or spent[-1] <= 0:
+        return []
+    seconds = dict(zip(numbers, spent.tolist(), strict=True))
+    return [(seconds[int(number)], volume) for number, volume in growth]
+
+
 def within_limits(trial: TriedArch, limits: Sequence[Limit]) -> bool:
     """Whether the trial has every metric that is limited, and keeps its bound."""
     for limit in limits:

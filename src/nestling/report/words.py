@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Mapping
 
 from nestling.report.content import Member, ReportContent, TriedArch
-from nestling.report.units import byte_size, metric_named, percent, percent_span
+from nestling.report.units import MINUS, byte_size, metric_named, percent, percent_span
 from nestling.space import Value
 
 NEAR_BEST = 0.01
@@ -32,6 +32,37 @@ def headline(content: ReportContent) -> str:
     if content.device_name and any(member.latency_ms is not None for member in members):
         sentence += f", measured on {content.device_name}"
     return f"{sentence}."
+
+
+def verdicts(content: ReportContent) -> list[str]:
+    """How far the search deceived itself, and what it brought, a sentence each; the unknown is left out.
+
+    The best of many are chosen for their luck on the images that choose them, too: what is left on others is
+    what counts. The gain over chance is that of Yang et al. 2020, arXiv 1912.12522, at the same cost.
+    """
+    said = []
+    if members := content.members:
+        gaps = [100 * (member.search_top1 - member.test_top1) for member in members]
+        mean = sum(gaps) / len(gaps)
+        halves = [(high - low) / 2 for low, high in (member.test_top1_interval for member in members)]
+        least, most = (f"{gap:.1f}".replace("-", MINUS) for gap in (min(gaps), max(gaps)))
+        said.append(
+            f"Search accuracy, by which these networks were chosen, is {abs(mean):.1f} points "
+            f"{'above' if mean >= 0 else 'below'} test accuracy on average ({least} to {most} above it); the "
+            f"test images alone leave {100 * sum(halves) / len(halves):.1f} points on either side open."
+        )
+    if content.improvement is not None:
+        value, low, high = content.improvement
+        said.append(
+            f"On the search images, in floats, the front is {percent(abs(value))} "
+            f"{'better' if value >= 0 else 'worse'} than networks of the same multiply-accumulates that "
+            f"nobody chose (95 % interval {_signed(low)} to {_signed(high)}), as a part of their accuracy."
+        )
+    return said
+
+
+def _signed(fraction: float) -> str:
+    return percent(fraction).replace("-", MINUS)
 
 
 def picks(content: ReportContent) -> list[tuple[str, Member, str, int]]:

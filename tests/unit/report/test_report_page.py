@@ -17,7 +17,8 @@ from nestling.report import Member, ReportContent, TriedArch, report_html, write
 from nestling.report.figures import FrontView
 from nestling.report.markdown import front_markdown
 from nestling.report.picture import front_png
-from nestling.report.words import by_stage, headline, member_numbers
+from nestling.report.units import MINUS, percent
+from nestling.report.words import by_stage, headline, member_numbers, verdicts
 from nestling.search import Objective
 from nestling.space import Choice, Value
 
@@ -337,6 +338,26 @@ def test_a_member_keeps_its_number_everywhere(content: ReportContent) -> None:
     html = report_html(content)
     for number, member in enumerate(content.ordered_members, start=1):
         assert f'<a href="#network-{number}">{member.name}</a>' in html
+
+
+def test_the_gap_between_search_and_test_is_the_mean_over_the_networks(content: ReportContent) -> None:
+    # 0.944 - 0.951, 0.944 - 0.98 and 0.981 - 0.986
+    (told,) = verdicts(content)
+    assert f"is 1.6 points below test accuracy on average ({MINUS}3.6 to {MINUS}0.5 above" in told
+    assert "leave 1.7 points on either side open" in told
+    lucky = replace(content, members=tuple(replace(m, search_top1=0.99) for m in content.members))
+    assert "is 1.8 points above test accuracy" in verdicts(lucky)[0]
+    assert told in report_html(content)
+    assert "1.6 points below" in front_markdown(content)
+    assert verdicts(EMPTY) == []
+
+
+def test_the_gain_over_networks_that_nobody_chose_is_said_where_it_is_known(content: ReportContent) -> None:
+    _, told = verdicts(replace(content, improvement=(0.041, -0.002, 0.08)))
+    assert f"the front is {percent(0.041)} better than networks of the same multiply-accumulates" in told
+    assert f"{MINUS}{percent(0.002)} to {percent(0.08)}" in told
+    _, worse = verdicts(replace(content, improvement=(-0.041, -0.08, -0.002)))
+    assert f"is {percent(0.041)} worse" in worse
 
 
 def test_what_training_cost_is_on_the_page(content: ReportContent) -> None:

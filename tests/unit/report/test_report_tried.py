@@ -6,8 +6,30 @@ from dataclasses import replace
 import pytest
 
 from nestling.report import ReportContent, TriedArch
-from nestling.report.tried import failures, front_growth, usages, within_limits
+from nestling.report.page import report_html
+from nestling.report.tried import by_time, failures, front_growth, usages, within_limits
 from nestling.search import Limit, Objective
+
+
+def test_the_growth_by_time_counts_every_trial_that_took_some(content: ReportContent) -> None:
+    growth = front_growth(replace(content, limits=()))
+    assert [number for number, _ in growth] == [0, 1, 3]
+    assert by_time(content, growth) == []
+    taken = tuple(replace(trial, seconds=10.0 * (trial.number + 1)) for trial in content.trials)
+    timed = by_time(replace(content, trials=taken), growth)
+    # the third trial failed after 30 seconds
+    assert timed == [(seconds, volume) for seconds, (_, volume) in zip((10, 30, 100), growth, strict=True)]
+
+
+@pytest.mark.parametrize(("seconds", "label"), [(0.5, "(s)"), (30.0, "(min)"), (7200.0, "(h)")])
+def test_the_page_shows_the_growth_by_time_in_a_unit_that_suits(
+    content: ReportContent, seconds: float, label: str
+) -> None:
+    taken = tuple(replace(trial, seconds=seconds) for trial in content.trials)
+    assert f"Time of evaluation, of all workers {label}" in report_html(
+        replace(content, limits=(), trials=taken)
+    )
+    assert "Time of evaluation" not in report_html(replace(content, limits=()))
 
 
 def test_shares_count_only_archs_in_which_the_choice_is_not_idle(content: ReportContent) -> None:
