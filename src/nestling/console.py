@@ -206,8 +206,27 @@ def print_best(card: Mapping[str, Any], result: SearchResult, folder: Path) -> N
         f"  in the search: {found}",
         f"  measured again, with 95 % intervals: {again}",
         f"  {folder / 'exports' / card['name'] / card['file']}",
+        *(f"  {told}" for told in beyond_limits(card, result)),
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def beyond_limits(card: Mapping[str, Any], result: SearchResult) -> list[str]:
+    """The limits that what was measured again misses with its whole interval, a line each, and what would do.
+
+    The best within a limit is often one whose measurement was lucky. An unstable latency tells nothing.
+    """
+    latency = None if card["unstable"] else card["latency_interval_ms"]
+    measured = {"top1": card["test_top1_interval"], "latency_ms": latency}
+    told = []
+    for limit in result.problem.limits:
+        interval = measured.get(limit.metric)
+        if interval is None or any(limit.violation({limit.metric: end}) <= 0 for end in interval):
+            continue
+        option = "--at-most" if limit.is_ceiling else "--at-least"
+        bound = 0.95 * limit.bound if limit.is_ceiling else limit.bound + 0.05 * (1 - limit.bound)
+        told.append(f"not {limit} when measured again; {option} {limit.metric}={bound:.4g} leaves room")
+    return told
 
 
 def print_finetuned(card: Mapping[str, Any], *, as_json: bool) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from nestling.console import duration, si, spent_words
-from nestling.pipeline import Forecast, Spent
+from nestling.console import beyond_limits, duration, print_best, si, spent_words
+from nestling.pipeline import Forecast, SearchResult, Spent
+from nestling.search import Problem, Trial
+from nestling.space import Choice, SearchSpace
 
 
 @pytest.mark.parametrize(
@@ -32,3 +37,45 @@ def test_what_training_cost_is_said_beside_its_forecast() -> None:
         "spent: 100 steps; 6.4 k images; 2 TMACs, 1.00 of the forecast; 50 s, 1.00 of the forecast; "
         "energy not told by this machine"
     )
+
+
+def card_and_result(**measured: Any) -> tuple[dict[str, Any], SearchResult]:
+    """A network that the search found at 4.9 ms and 0.91, within 5 ms and 0.9."""
+    space = SearchSpace("toy", (Choice("depth", (1, 2)),))
+    objectives, limits = ["top1", "latency_ms"], {"latency_ms": 5.0, "top1": 0.9}
+    problem = Problem.parse(space, objectives=objectives, limits=limits)
+    trial = Trial(0, space.smallest, {"top1": 0.91, "latency_ms": 4.9}, "complete")
+    card = {"name": "abc", "file": "model.onnx", "device": "ort:cpu", "unstable": False, "test_total": 5000}
+    card |= {"test_top1": 0.905, "test_top1_interval": [0.897, 0.913]}
+    card |= {"latency_ms": 4.95, "latency_interval_ms": [4.8, 5.1]}
+    return card | measured, SearchResult(problem, (trial,))
+
+
+def test_the_best_within_limits_is_said_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    card, result = card_and_result()
+    print_best(card, result, Path("runs/a"))
+    said = capsys.readouterr().out
+    assert "the best network with latency_ms at most 5 and top1 at least 0.9 on ort:cpu: abc" in said
+    assert "top-1 90.50% (89.7%-91.3%) on 5,000 test images, 4.95 ms (4.8-5.1)" in said
+    assert "runs/a/exports/abc/model.onnx" in said
+    assert "when measured again" not in said
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [
+        ({"latency_interval_ms": [5.1, 5.3]}, ["latency_ms at most 5", "--at-most latency_ms=4.75"]),
+        ({"test_top1_interval": [0.87, 0.89]}, ["top1 at least 0.9", "--at-least top1=0.905"]),
+        ({"latency_interval_ms": [5.1, 5.3], "unstable": True}, []),
+        ({"latency_ms": None, "latency_interval_ms": None}, []),
+    ],
+)
+def test_a_limit_that_is_missed_when_measured_again_is_told(
+    measured: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    card, result = card_and_result(**measured)
+    assert len(beyond_limits(card, result)) == bool(told)
+    print_best(card, result, Path("runs/a"))
+    said = capsys.readouterr().out
+    assert all(words in said for words in told)
+    assert ("when measured again" in said) == bool(told)
