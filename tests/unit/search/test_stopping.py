@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.search import Metrics, Problem, Stopping, Trial, search, stopping
+from nestling.search import Metrics, Problem, Stopping, Trial, search, stopping, watch
 from nestling.search.stopping import gained
 from nestling.space import Arch, SearchSpace
 
@@ -76,3 +76,18 @@ def test_a_search_ends_there_is_not_continued_and_leaves_nothing_begun(
     on = run(toy, trials=len(stopped.trials) + 2)
     assert on.trials[:-2] == stopped.trials
     assert len({trial.arch for trial in on.complete}) == len(on.trials)
+
+
+def test_who_watches_sees_the_end_as_well(
+    problem: Problem, toy: Callable[[Arch], Metrics], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "LEAST_WINDOW", 5)
+    stopped = search(problem, toy, storage=file, name="toy", strategy="random", trials=100, stop_below=0.5)
+
+    def waiting(done: int) -> None:
+        raise InterruptedError(f"{done} are done")
+
+    seen = partial(watch, problem, storage=file, name="toy", trials=100, while_waiting=waiting)
+    assert seen(stop_below=0.5).trials == stopped.trials
+    with pytest.raises(InterruptedError, match=f"{len(stopped.trials)} are done"):
+        seen()
