@@ -104,7 +104,8 @@ def measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             if taken.unstable:
                 found["unstable"].append(arch.key)
             else:
-                found["networks"][arch.key] = {"decisions": dict(arch), "ratio": taken.ratio}
+                row = {"decisions": dict(arch), "ratio": taken.ratio, "noise": taken.ratio_noise}
+                found["networks"][arch.key] = row
             print(f"{number} of {len(archs)}: {arch.key} {taken.ratio:.3f}", flush=True)
             store(path, found)
     return found
@@ -120,7 +121,7 @@ def learners(found: Figures) -> tuple[dict[str, Learner], list[float]]:
     networks = [block_signatures(build, arch, keep={}) for arch in archs]
     macs = [cost(build_shapes(build.build, arch), arch.integer("resolution")).macs for arch in archs]
     return {
-        "model": by_model(described, ratios),
+        "model": by_model(described, ratios, noises=[row["noise"] for row in rows]),
         "table": by_table(found["blocks"], networks, ratios),
         "macs": by_macs(macs, ratios),
     }, ratios

@@ -208,7 +208,8 @@ def _measure(bench: Workbench, arch: Arch, known: dict[str, Any]) -> None:
     if found.unstable:
         return
     known.setdefault("reference_ms", float(np.median(found.reference_seconds)) * 1e3)
-    known["networks"][arch.key] = {"decisions": dict(arch), "ratio": found.ratio}
+    row = {"decisions": dict(arch), "ratio": found.ratio, "noise": found.ratio_noise}
+    known["networks"][arch.key] = row
     bench.run.write_json(MEASURED, known)
 
 
@@ -228,16 +229,19 @@ def _measure_blocks(bench: Workbench, known: dict[str, Any], listener: Listener)
         listener.scored(arch.key, number, len(rows))
 
 
-def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, float]:
-    """Arch -> ratio to the reference model, of the networks that were measured for this and by a search."""
-    rows: dict[Arch, float] = {}
+def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, tuple[float, float | None]]:
+    """Arch -> ratio to the reference model and its noise, of what was measured for this and by a search.
+
+    The noise is None where it was not kept.
+    """
+    rows: dict[Arch, tuple[float, float | None]] = {}
     if _reference(bench, known) is not None:
         for trial in searched(bench).trials:
             told = trial.metrics
             if trial.state == "complete" and told.get("latency_unstable") == 0:
-                rows[trial.arch] = float(told["latency_ratio"])
+                rows[trial.arch] = float(told["latency_ratio"]), None
     for row in known["networks"].values():
-        rows[bench.space.canonical(row["decisions"])] = float(row["ratio"])
+        rows[bench.space.canonical(row["decisions"])] = float(row["ratio"]), row.get("noise")
     return rows
 
 
@@ -250,7 +254,8 @@ def _reference(bench: Workbench, known: Mapping[str, Any]) -> dict[str, Any] | N
 def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> dict[str, Any]:
     """Fits, judges and keeps the model."""
     rows, keep = _rows(bench, known), bench.config.quant.keep
-    ratios = list(rows.values())
+    ratios = [ratio for ratio, _ in rows.values()]
+    noises = [noise for _, noise in rows.values()]
     if len(ratios) < 2 * LEAST:
         raise RunError(
             f"only {len(ratios)} measurements on {bench.device.name} were stable; the machine may be busy. A "
@@ -258,7 +263,7 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
         )
     described = [description(bench.family, arch, keep=keep) for arch in rows]
     learners = {
-        "model": by_model(described, ratios),
+        "model": by_model(described, ratios, noises=noises),
         "macs": by_macs([bench.macs(arch) for arch in rows], ratios),
     }
     if with_blocks:
@@ -276,7 +281,7 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
         "networks": len(ratios),
         "ratios": [min(ratios), max(ratios)],
         "held_out": found,
-        "model": json.loads(fit(described, ratios).to_json()),
+        "model": json.loads(fit(described, ratios, noises=noises).to_json()),
     }
     bench.run.write_json(MODEL, told)
     return told

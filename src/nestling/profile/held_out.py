@@ -15,11 +15,21 @@ Learner = Callable[[Sequence[int], Sequence[int]], Floats]
 """Learns from the networks of some numbers, and gives the latencies of those of others."""
 
 
-def by_model(described: Sequence[Description], latencies: Sequence[float]) -> Learner:
-    """Learns a `LatencyModel`. A network of which it knows not every operator has nan."""
+def by_model(
+    described: Sequence[Description],
+    latencies: Sequence[float],
+    *,
+    noises: Sequence[float | None] | None = None,
+) -> Learner:
+    """Learns a `LatencyModel`, see `fit`. A network of which it knows not every operator has nan."""
+    trusted = [None] * len(latencies) if noises is None else noises
 
     def learn(known: Sequence[int], asked: Sequence[int]) -> Floats:
-        model = fit([described[index] for index in known], [latencies[index] for index in known])
+        model = fit(
+            [described[index] for index in known],
+            [latencies[index] for index in known],
+            noises=[trusted[index] for index in known],
+        )
         told = np.full(len(asked), np.nan)
         for place, index in enumerate(asked):
             if described[index].sums.keys() <= set(model.names):

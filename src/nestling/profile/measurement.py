@@ -164,6 +164,12 @@ class Measurement:
         return low, high
 
     @property
+    def ratio_noise(self) -> float:
+        """The standard error of `ratio`, as a part of it, as its interval tells: of this process alone."""
+        low, high = self.ratio_interval
+        return (high - low) / (2 * 1.96 * self.ratio)
+
+    @property
     def p90_ms(self) -> float:
         """The time that nine calls in ten stayed within."""
         return float(np.quantile(self.seconds, 0.90, method="higher")) * 1e3

@@ -145,7 +145,7 @@ def cpu() -> Iterator[WorkerDevice]:
 
 
 def learn(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, measuring: Measuring, *, networks: int = 24
+    monkeypatch: pytest.MonkeyPatch, folder: Path, measuring: Measuring, *, networks: int = 18
 ) -> dict[str, Any]:
     monkeypatch.setattr(latency, "measure_network", measuring)
     return learn_latency(bench_on(folder, HERE), networks=networks, listener=Silent())
@@ -193,13 +193,13 @@ def test_a_device_that_refuses_everything_is_told_soon(monkeypatch: pytest.Monke
 def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     learn(monkeypatch, folder, Measuring())
     with pytest.raises(RunError, match="another device or runtime"):
-        learn_latency(bench_on(folder, OTHER), networks=24, listener=Silent())
+        learn_latency(bench_on(folder, OTHER), networks=18, listener=Silent())
 
 
 def test_stable_trials_of_a_search_on_this_device_are_learnt_from_too(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    tried = [arch for arch in drawn(40) if arch not in drawn(24)]
+    tried = [arch for arch in drawn(26) if arch not in drawn(18)]
     trials = [
         SimpleNamespace(
             arch=arch,

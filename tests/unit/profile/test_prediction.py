@@ -10,7 +10,7 @@ import pytest
 
 from nestling.profile.held_out import by_macs, by_model, by_table, held_out, quality
 from nestling.profile.lookup_table import fit_table, look_up
-from nestling.profile.prediction import LEAST, Description, LatencyModel, Step, describe, fit, predict
+from nestling.profile.prediction import LEAST, LatencyModel, Step, describe, fit, predict
 
 COSTS = {("Conv 1x1", "fp32"): 3.0, ("Conv 1x1", "w8a8"): 1.0, ("depthwise Conv 3x3", "fp32"): 9.0}
 
@@ -62,6 +62,40 @@ def test_networks_that_were_left_out_are_predicted_better_than_by_macs(networks:
     assert rough.mape > 2 * model.mape
 
 
+def test_an_operator_that_the_device_hates_is_told_from_networks_that_have_it(
+    networks: list[list[Step]],
+) -> None:
+    described = [describe(network) for network in networks]
+    model = fit(described[:60], [seconds(network) for network in networks[:60]])
+    small, hated = (Step("Conv 1x1", f"Conv 1x1 w8a8 {w}", "w8a8", w * w, w, w) for w in (16.0, 24.0))
+    rest = [step for step in networks[70] if step.kind != "Conv 1x1"] * 2
+    pair = [describe([*rest, *[one] * 6]) for one in (replace(small, signature="Conv 1x1 w8a8 16"),
+            replace(hated, signature="Conv 1x1 w8a8 24"))]  # fmt: skip
+    without, with_it = predict(model, pair)
+    assert with_it - without == pytest.approx(6 * (1.5 + 0.32), rel=0.4)
+
+
+def test_noisy_latencies_count_less(networks: list[list[Step]]) -> None:
+    rng = np.random.default_rng(0)
+    described = [describe(network) for network in networks]
+    right = np.array([seconds(network) for network in networks])
+    noises = np.where(np.arange(60) % 2, 0.2, 0.0)
+    times = right[:60] * np.exp(noises * rng.standard_normal(60))
+    trusting, knowing = (
+        quality(
+            predict(fit(described[:60], times.tolist(), noises=told), described[60:]), right[60:].tolist()
+        ).mape
+        for told in (None, noises.tolist())
+    )
+    assert knowing < 0.7 * trusting
+
+
+@pytest.mark.parametrize("noises", [[0.1] * 9, [-0.1] * 10, [math.nan] * 10])
+def test_noises_that_are_none_are_refused(networks: list[list[Step]], noises: list[float]) -> None:
+    with pytest.raises(ValueError, match="noise"):
+        fit([describe(n) for n in networks[:10]], [seconds(n) for n in networks[:10]], noises=noises)
+
+
 def test_prediction_does_not_depend_on_the_unit(networks: list[list[Step]]) -> None:
     described = [describe(network) for network in networks[:20]]
     times = [seconds(network) for network in networks[:20]]
@@ -86,7 +120,7 @@ def test_what_is_no_model_is_refused(text: str) -> None:
 def test_an_operator_that_no_network_had_is_named(networks: list[list[Step]]) -> None:
     model = fit([describe(n) for n in networks[:LEAST]], [seconds(n) for n in networks[:LEAST]])
     with pytest.raises(ValueError, match="Softmax fp32 calls"):
-        predict(model, [Description({"Softmax fp32 calls": 1.0}, {"x": 1})])
+        predict(model, [describe([Step("Softmax", "x", "fp32", 0.0, 1.0, 0.0)])])
 
 
 def test_where_it_is_left_out_such_a_network_has_no_prediction(networks: list[list[Step]]) -> None:
