@@ -57,7 +57,7 @@ def _table(profiles: Sequence[FileProfile]) -> Markup:
         "loading",
         "memory",
     )
-    rows = [tag("tr", *(tag("th", heading) for heading in headings))]
+    rows = []
     for profile in profiles:
         taken = profile.measurement
         low, high = taken.interval_ms
@@ -85,7 +85,7 @@ def _table(profiles: Sequence[FileProfile]) -> Markup:
     ]
     return section(
         "Latency",
-        tag("div", tag("table", *rows), class_="scroll"),
+        _rows_of(headings, rows, named=2),
         tag("ul", *reasons, class_="notes") if reasons else None,
         tag(
             "p",
@@ -99,13 +99,19 @@ def _table(profiles: Sequence[FileProfile]) -> Markup:
 def _node_section(profile: FileProfile, shades: dict[str, int]) -> Markup:
     whole = profile.nodes_ms or 1.0
     dearest = sorted(profile.nodes, key=_milliseconds, reverse=True)
-    rows = [tag("tr", *(tag("th", heading) for heading in ("node", "operator", "reads", "time", "share")))]
+    longest = _milliseconds(dearest[0]) or 1.0
+    rows = []
     for node in dearest[:MOST_ROWS]:
         share = _milliseconds(node) / whole
         bar = tag(
             "svg",
             tag(
-                "rect", x="0", y="0", width=f"{100 * share:.2f}%", height="100%", class_=_shade(node, shades)
+                "rect",
+                x="0",
+                y="0",
+                width=f"{100 * _milliseconds(node) / longest:.2f}%",
+                height="100%",
+                class_=_shade(node, shades),
             ),
             class_="node-bar",
             aria_hidden="true",
@@ -117,7 +123,8 @@ def _node_section(profile: FileProfile, shades: dict[str, int]) -> Markup:
                 tag("td", node.op),
                 tag("td", " ".join(dict.fromkeys(node.reads))),
                 tag("td", milliseconds(_milliseconds(node))),
-                tag("td", bar, percent(share)),
+                tag("td", percent(share)),
+                tag("td", bar),
             )
         )
     left = len(dearest) - MOST_ROWS
@@ -126,7 +133,7 @@ def _node_section(profile: FileProfile, shades: dict[str, int]) -> Markup:
         f"{profile.path.name} on {profile.measurement.device}, node by node",
         _strip(profile, shades),
         tag("p", *_legend(profile, shades), class_="legend"),
-        tag("div", tag("table", *rows), class_="scroll"),
+        _rows_of(("node", "operator", "reads", "time", "share", ""), rows, named=3),
         tag(
             "p",
             f"{len(profile.nodes)} nodes take {milliseconds(profile.nodes_ms)} by the runtime's profiler, "
@@ -135,6 +142,13 @@ def _node_section(profile: FileProfile, shades: dict[str, int]) -> Markup:
             class_="caption",
         ),
     )
+
+
+def _rows_of(headings: Sequence[str], rows: Sequence[Markup], *, named: int) -> Markup:
+    """A table that scrolls by itself where it is too wide; after `named` columns of words come figures."""
+    head = tag("tr", *(tag("th", heading) for heading in headings))
+    whole = tag("table", tag("thead", head), tag("tbody", *rows), class_=f"figures named-{named}")
+    return tag("div", whole, class_="wide")
 
 
 def _strip(profile: FileProfile, shades: dict[str, int]) -> Markup:

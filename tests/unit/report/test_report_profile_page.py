@@ -69,6 +69,20 @@ def test_the_strip_is_as_wide_as_the_nodes_take_long(profile: FileProfile) -> No
     assert [tuple(map(float, span)) for span in spans] == [(0, 75), (75, 12.5), (87.5, 12.5)]
 
 
+def test_a_bar_is_as_long_as_its_node_takes_beside_the_dearest(profile: FileProfile) -> None:
+    bars = re.findall(
+        r'<svg class="node-bar"[^>]*><rect x="0" y="0" width="([\d.]+)%"', profile_html([profile])
+    )
+    assert [float(bar) for bar in bars] == [100.0, 16.67, 16.67]
+
+
+def test_every_class_of_the_page_has_a_style(profile: FileProfile) -> None:
+    page = profile_html([profile])
+    style, _, body = page.partition("</style>")
+    used = {name for names in re.findall(r'class="([^"]+)"', body) for name in names.split()}
+    assert {name for name in used if not re.search(rf"\.{name}\b", style)} == set()
+
+
 def test_an_operator_has_one_shade_on_every_device(profile: FileProfile) -> None:
     other = dataclasses.replace(
         profile,
