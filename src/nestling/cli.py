@@ -392,11 +392,11 @@ def profile(
     if compare and (len(models) != 2 or nodes or html is not None):
         raise typer.BadParameter("--compare takes two files, and neither --nodes nor --html")
     from nestling import console
-    from nestling.profile import compare_files, connect, profile_file
+    from nestling.profile import compare_files, open_device, profile_file
 
     timeout, compared, profiles = max(120.0, 3 * seconds), [], []
     for address in device or ["ort:cpu?threads=1"]:
-        with connect(address, seconds=seconds, timeout_seconds=timeout) as connected:
+        with open_device(address, seconds=seconds, timeout_seconds=timeout) as connected:
             if compare:
                 compared.append(compare_files(connected, models[0], models[1], seconds=2 * seconds))
             for model in [] if compare else models:
@@ -445,9 +445,9 @@ def precisions(
 ) -> None:
     """Tell which precisions a device executes, how fast, and which it refuses; by trying each."""
     from nestling import console, pipeline
-    from nestling.profile import connect
+    from nestling.profile import open_device
 
-    with connect(device) as connected, console.display() as listener:
+    with open_device(device) as connected, console.display() as listener:
         listener.note(f"device: {connected.fingerprint}")
         findings = pipeline.probe_precisions(
             connected,

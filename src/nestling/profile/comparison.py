@@ -105,7 +105,7 @@ class Comparison:
 def compare_files(
     device: Device, first: Path, second: Path, *, seconds: float = 3.0, rounds: int = ROUNDS
 ) -> Comparison:
-    """How many times faster `first` is than `second`. The device's worker is replaced before every round.
+    """How many times faster `first` is than `second`. Every round has a worker of its own.
 
     Which of the two is loaded first alternates.
 
@@ -124,12 +124,11 @@ def compare_files(
     speedups: list[float] = []
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
-        device.close()
         if number % 2 == 0:
-            taken = device.compare(second, first, seconds=seconds / rounds)
+            taken = device.compare(second, first, seconds=seconds / rounds, fresh=True)
             own, other, speedup = taken.reference_seconds, taken.seconds, taken.ratio
         else:
-            taken = device.compare(first, second, seconds=seconds / rounds)
+            taken = device.compare(first, second, seconds=seconds / rounds, fresh=True)
             own, other, speedup = taken.seconds, taken.reference_seconds, 1 / taken.ratio
         speedups.append(speedup)
         times[0].append(statistics.median(own))

@@ -76,8 +76,22 @@ class Device(Protocol):
             DeviceError: as `measure`.
         """
 
-    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+    def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
         """How long the file takes beside another one, which stands for the reference model.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def energy(self, path: Path, *, seconds: float) -> Mapping[str, float]:
+        """Joules of one call by the name of the machine's counter; empty where the machine has none.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+
+    def inputs(self, path: Path) -> tuple[MadeUp, ...]:
+        """The inputs that the file is timed with.
 
         Raises:
             DeviceError: as `measure`.
@@ -316,18 +330,21 @@ class WorkerDevice:
             for kernel in answer.message["kernels"]
         )
 
-    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+    def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
         """How long the file takes beside `other`, which stands for the reference model; kept nowhere.
 
         Args:
             path, other: the files.
             seconds: the longest that timing may take after warm-up.
+            fresh: whether it is done by another worker than what was done before.
 
         Raises:
             DeviceError: as `measure`.
         """
         model, beside = self._read(path), self._read(other)
         with self._alone:
+            if fresh:
+                self.transport.stop()
             self.start()
             try:
                 self._ask("load", beside, path=other, until=self._until(), model=BESIDE)

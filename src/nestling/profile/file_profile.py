@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestling.profile.devices import WorkerDevice
+from nestling.profile.devices import Device
 from nestling.profile.kernels import Kernel, MadeUp
 from nestling.profile.measurement import Measurement
 
@@ -70,7 +70,7 @@ class FileProfile:
         }
 
 
-def profile_file(device: WorkerDevice, path: Path, *, nodes: bool = False) -> FileProfile:
+def profile_file(device: Device, path: Path, *, nodes: bool = False) -> FileProfile:
     """What the file is like on the device; with the time of each node where `nodes` says so.
 
     Raises:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nestling.profile.address import POOL, Address, parse_addresses
 from nestling.profile.devices import Device, WorkerDevice, check_limits, connect, transport_to
-from nestling.profile.kernels import Kernel, OptimizedOp
+from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.leases import Job, LeaseQueue
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
@@ -194,13 +194,31 @@ class DevicePool:
         """
         return self._by_any(lambda device: device.kernels(path, runs=runs))
 
-    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
-        """How long the file takes beside another one, on one of the boards.
+    def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
+        """How long the file takes beside another one, on one of the boards; `fresh`: by a worker of its own.
 
         Raises:
             DeviceError, DevicesGoneError: as `predict`.
         """
-        return self._of_class(self._by_any(lambda device: device.compare(path, other, seconds=seconds)))
+        return self._of_class(
+            self._by_any(lambda device: device.compare(path, other, seconds=seconds, fresh=fresh))
+        )
+
+    def energy(self, path: Path, *, seconds: float) -> Mapping[str, float]:
+        """Joules of one call on one of the boards, by the name of its counter; empty where it has none.
+
+        Raises:
+            DeviceError, DevicesGoneError: as `predict`.
+        """
+        return self._by_any(lambda device: device.energy(path, seconds=seconds))
+
+    def inputs(self, path: Path) -> tuple[MadeUp, ...]:
+        """The inputs that the file is timed with.
+
+        Raises:
+            DeviceError, DevicesGoneError: as `predict`.
+        """
+        return self._by_any(lambda device: device.inputs(path))
 
     def close(self) -> None:
         """Ends all workers."""

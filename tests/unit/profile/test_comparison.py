@@ -62,10 +62,8 @@ class Scales:
         self.measured = measured
         self.calls: list[str] = []
 
-    def close(self) -> None:
-        self.calls.append("close")
-
-    def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
+    def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool) -> Measurement:
+        assert fresh
         self.calls.append(f"{path.stem} beside {other.stem} {seconds:g}")
         return self.measured(float(path.stem), reference=(float(other.stem),))
 
@@ -73,7 +71,7 @@ class Scales:
 def test_every_round_has_a_fresh_worker_and_the_order_of_loading_alternates(measured: Measured) -> None:
     device = Scales(measured)
     told = compare_files(device, Path("2"), Path("3"), seconds=6, rounds=3)  # type: ignore[arg-type]
-    assert device.calls == ["close", "3 beside 2 2", "close", "2 beside 3 2", "close", "3 beside 2 2"]
+    assert device.calls == ["3 beside 2 2", "2 beside 3 2", "3 beside 2 2"]
     assert told.speedups == pytest.approx([1.5] * 3)
     assert (told.first_ms, told.second_ms) == pytest.approx((2, 3))
     assert math.isclose(told.half_width, 0, abs_tol=1e-9)

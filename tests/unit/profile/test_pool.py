@@ -19,7 +19,9 @@ from nestling.profile import (
     MeasurementStore,
     WorkerDevice,
     WorkerLostError,
+    compare_files,
     open_device,
+    profile_file,
 )
 from nestling.profile.address import SshPlace
 from nestling.profile.boards import FIRST_REST, Board
@@ -391,6 +393,19 @@ def test_a_lease_is_renewed_while_its_file_is_timed(make: Made, tmp_path: Path) 
     assert outcomes(pool) == [("0", "measured")]
 
 
+def test_two_files_are_compared_by_a_fresh_worker_every_round(make: Made, tmp_path: Path) -> None:
+    board = FakeBoard()
+    first, second = files(tmp_path, 2)
+    with make(board) as pool:
+        pool.start()
+        before = board.starts
+        told = compare_files(pool, first, second, seconds=3.0, rounds=3)
+        assert board.starts == before + 3
+        assert told.device == pool.name
+        pool.compare(first, second, seconds=1.0)
+        assert board.starts == before + 3
+
+
 def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> None:
     with open_device("ort:cpu", seconds=0.02, timeout_seconds=60) as device:
         assert isinstance(device, WorkerDevice)
@@ -399,6 +414,10 @@ def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> 
         assert isinstance(device, DevicePool)
         assert device.name == "pool:ort:cpu?threads=1"
         assert device.measure(tiny).ratio > 0
+        told = profile_file(device, tiny, nodes=True)
+        assert told.measurement.device == "pool:ort:cpu?threads=1"
+        assert told.inputs[0].name == "images"
+        assert told.nodes
     assert leases.exists()
     with pytest.raises(DeviceError, match="must be above seconds"):
         open_device("pool:ort:cpu", seconds=5, timeout_seconds=1)
