@@ -2,7 +2,7 @@
 
 from nestling.profile.address import Address, parse_address
 from nestling.profile.comparison import Comparison, compare_files
-from nestling.profile.devices import Device, WorkerDevice, connect
+from nestling.profile.devices import Device, connect
 from nestling.profile.file_profile import FileProfile, profile_file
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.known import DeviceSummary, devices_here, devices_in, with_aa_spread
@@ -12,6 +12,7 @@ from nestling.profile.prediction import Step
 from nestling.profile.roster import DevicesGoneError
 from nestling.profile.store import MeasurementStore, StoreError, file_key
 from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
+from nestling.profile.worker_device import WorkerDevice
 
 __all__ = [
     "Address",

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from nestling.profile.devices import WorkerDevice
 from nestling.profile.measurement import Fingerprint
+from nestling.profile.worker_device import WorkerDevice
 
 MOST_FAILURES = 3
 """So many in a row, and a board is set aside."""

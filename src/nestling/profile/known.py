@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nestling.profile.comparison import ROUNDS, compare_files
-from nestling.profile.devices import START_SECONDS, connect
+from nestling.profile.devices import connect
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.reference import reference_model
 from nestling.profile.store import MeasurementStore
 from nestling.profile.transport import DeviceError
 from nestling.profile.transport_local import LocalProcess
 from nestling.profile.worker import PROVIDERS
+from nestling.profile.worker_device import START_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestling.profile.address import POOL, Address, parse_addresses
-from nestling.profile.devices import Device, WorkerDevice, check_limits, connect, transport_to
+from nestling.profile.devices import Device, check_limits, connect, transport_to
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.leases import Job, LeaseQueue
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
+from nestling.profile.worker_device import WorkerDevice
 
 TRIES = 3
 """A file on which so many workers were lost is not tried again."""

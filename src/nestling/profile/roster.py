@@ -12,10 +12,10 @@ from typing import TypeVar
 import numpy as np
 
 from nestling.profile.boards import Board, Calibration, DeviceClass
-from nestling.profile.devices import WorkerDevice
 from nestling.profile.leases import Job, Lease, LeaseQueue
 from nestling.profile.store import StoreError
 from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
+from nestling.profile.worker_device import WorkerDevice
 
 CALIBRATION_SECONDS = 0.5
 SPREAD = 0.25

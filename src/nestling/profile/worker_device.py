@@ -1,0 +1,375 @@
+"""WorkerDevice: a device behind a worker, which is asked to measure and run ONNX files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestling.profile.address import Address
+from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
+from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
+from nestling.profile.reference import reference_model
+from nestling.profile.runtimes import RUNTIMES
+from nestling.profile.store import MeasurementStore
+from nestling.profile.transport import Answer, DeviceError, Transport, WorkerLostError
+
+START_SECONDS = 60.0
+"""What starting a worker may take: Python, the runtime's libraries, the reference model."""
+REFERENCE = "reference"
+CANDIDATE = "candidate"
+BESIDE = "beside"
+_COPY = re.compile(r"_token_\d+$")
+"""What the runtime appends to a node's name when it changes the node's layout."""
+
+
+class WorkerDevice:
+    """A device behind a worker: one call at a time; the call after a loss starts another worker."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        transport: Transport,
+        seconds: float,
+        tolerance: float,
+        timeout_seconds: float,
+        store: MeasurementStore | None = None,
+    ) -> None:
+        self.address = address
+        self.transport = transport
+        self.seconds, self.tolerance, self.timeout_seconds = seconds, tolerance, timeout_seconds
+        self.store = store
+        self._fingerprint: Fingerprint | None = None
+        self._held: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._alone = threading.RLock()
+
+    @property
+    def name(self) -> str:
+        """The address, in full."""
+        return self.address.name
+
+    @property
+    def settings(self) -> str:
+        """How it measures, as measurements are stored by."""
+        return json.dumps({"seconds": self.seconds, "tolerance": self.tolerance}, sort_keys=True)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the device is; the worker is asked once."""
+        if self._fingerprint is None:
+            return self.start()
+        return self._fingerprint
+
+    def start(self) -> Fingerprint:
+        """What the device is, with a worker running from now on.
+
+        Raises:
+            DeviceError: the worker cannot be started, lacks the runtime, or is not the device that it was.
+        """
+        with self._alone:
+            if self._fingerprint is not None and self.transport.running:
+                return self._fingerprint
+            self._held.clear()
+            self.transport.start()
+            try:
+                fingerprint = self._introduce()
+            except DeviceError:
+                self.transport.stop()
+                raise
+            if self._fingerprint not in (None, fingerprint):
+                self.transport.stop()
+                raise DeviceError(f"{self.name} was {self._fingerprint} and is now {fingerprint}")
+            self._fingerprint = fingerprint
+            return fingerprint
+
+    def measure(self, path: Path) -> Measurement:
+        """How long the file takes, from the store where it has been measured before.
+
+        An unstable measurement is not kept: asked again, the file is timed again.
+
+        Raises:
+            DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
+        """
+        model = self._read(path)
+        key = hashlib.sha256(model).hexdigest()
+        with self._alone:
+            if self.store is not None:
+                known = self.store.get(key, fingerprint=self.fingerprint, settings=self.settings)
+                if known is not None:
+                    return known
+            measurement = self._time(path, model)
+        if self.store is None or measurement.unstable:
+            return measurement
+        return self.store.put(measurement, file=key, settings=self.settings)
+
+    def predict(
+        self, path: Path, images: NDArray[np.float32], *, key: str | None = None
+    ) -> NDArray[np.float32]:
+        """The logits (N, classes) of the file for `images` (N, 3, H, W), in batches of the file's own size.
+
+        With a `key` the worker keeps the images, and what it holds under that key and shape is not sent
+        again, unless its checksum has changed.
+
+        Raises:
+            ValueError: `images` is empty or not float32.
+            DeviceError: as `measure`; or the file's input has another shape.
+        """
+        if images.dtype != np.float32 or images.size == 0:
+            raise ValueError(f"images must be float32 and not empty, not {images.dtype} {images.shape}")
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            until = self._until()
+            array = self._hold(path, np.ascontiguousarray(images), key=key, until=until)
+            try:
+                answer = self._ask("predict", model, path=path, until=until, array=array)
+            finally:
+                if key is None:
+                    self._drop(arrays=[array])
+        logits = np.frombuffer(answer.blob, dtype="<f4").reshape(answer.message["shape"])
+        return logits.astype(np.float32, copy=False)
+
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
+        """The nodes that are left after the runtime's optimizations, in order, those of subgraphs last.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            answer = self._ask("optimized", model, path=path, until=self._until())
+        return tuple(
+            OptimizedOp(
+                name=_COPY.sub("", node["name"]),
+                op=node["op"],
+                reads=tuple(node["reads"]),
+                writes=tuple(node["writes"]),
+                precision=node.get("precision"),
+            )
+            for node in answer.message["nodes"]
+        )
+
+    def kernels(self, path: Path, *, runs: int = 1) -> tuple[Kernel, ...]:
+        """The kernels that the runtime runs for one input of the file, in order, as its profile tells them.
+
+        Args:
+            path: the file.
+            runs: over how many runs the median of their times is taken; 50 at most, and about 2 s.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            answer = self._ask("kernels", model, path=path, until=self._until(), runs=runs)
+        return tuple(
+            Kernel(
+                name=_COPY.sub("", kernel["name"]),
+                op=kernel["op"],
+                provider=kernel["provider"],
+                reads=tuple(kernel["reads"]),
+                writes=tuple(kernel["writes"]),
+                microseconds=kernel["microseconds"],
+            )
+            for kernel in answer.message["kernels"]
+        )
+
+    def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
+        """How long the file takes beside `other`, which stands for the reference model; kept nowhere.
+
+        Args:
+            path, other: the files.
+            seconds: the longest that timing may take after warm-up.
+            fresh: whether it is done by another worker than what was done before.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model, beside = self._read(path), self._read(other)
+        with self._alone:
+            if fresh:
+                self.transport.stop()
+            self.start()
+            try:
+                self._ask("load", beside, path=other, until=self._until(), model=BESIDE)
+                measurement = self._time(path, model, reference=BESIDE, seconds=seconds)
+            finally:
+                self._drop(models=[BESIDE])
+        key = hashlib.sha256(beside).hexdigest()[:12]
+        return replace(measurement, fingerprint=replace(measurement.fingerprint, reference=key))
+
+    def calibrate(self, *, seconds: float) -> Measurement:
+        """How long the reference model takes, beside itself; kept nowhere.
+
+        Raises:
+            DeviceError: the device is not ready, or lost its worker.
+        """
+        with self._alone:
+            return self._time(Path("the reference model"), reference_model(), seconds=seconds)
+
+    def energy(self, path: Path, *, seconds: float) -> Mapping[str, float]:
+        """Joules of one call by the name of the machine's counter; empty where the machine has none.
+
+        The file runs alone for `seconds`. A counter tells of a whole processor or board, idle parts included.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            until = self._until()
+            try:
+                self._ask("load", model, path=path, until=until, model=CANDIDATE)
+                told = self._ask("energy", path=path, until=until, model=CANDIDATE, seconds=seconds).message
+            finally:
+                self._drop(models=[CANDIDATE])
+        return {name: joules / told["calls"] for name, joules in told["joules"].items()}
+
+    def inputs(self, path: Path) -> tuple[MadeUp, ...]:
+        """The inputs that the file is timed with.
+
+        Raises:
+            DeviceError: as `measure`.
+        """
+        model = self._read(path)
+        with self._alone:
+            self.start()
+            try:
+                told = self._ask("load", model, path=path, until=self._until(), model=CANDIDATE).message
+            finally:
+                self._drop(models=[CANDIDATE])
+        return tuple(MadeUp(one["name"], one["dtype"], tuple(one["shape"])) for one in told["inputs"])
+
+    def close(self) -> None:
+        """Ends the worker."""
+        with self._alone:
+            self.transport.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _introduce(self) -> Fingerprint:
+        until = time.monotonic() + START_SECONDS
+        address = self.address
+        module = RUNTIMES[f"{address.engine}:{address.runtime}"].module
+        said = self._ask(
+            "hello",
+            b"" if module is None else module.read_bytes(),
+            until=until,
+            engine=address.engine,
+            runtime=address.runtime,
+            threads=address.threads,
+            memory_mb=address.memory_mb,
+            options=dict(address.options),
+        ).message
+        reference = reference_model()
+        self._ask("load", reference, until=until, model=REFERENCE)
+        return Fingerprint(
+            device=self.name,
+            cpu=said["cpu"],
+            instructions=tuple(said["instructions"]),
+            cores=said["cores"],
+            platform=said["platform"],
+            runtime=said["runtime"],
+            reference=hashlib.sha256(reference).hexdigest()[:12],
+            int8_saturates=said["int8_saturates"],
+        )
+
+    def _time(
+        self, path: Path, model: bytes, *, reference: str = REFERENCE, seconds: float | None = None
+    ) -> Measurement:
+        fingerprint = self.start()
+        until = self._until()
+        try:
+            shares = ("allow_fallback", "1") in self.address.options
+            loaded = self._ask("load", model, path=path, until=until, model=CANDIDATE, shares=shares).message
+            answer = self._ask(
+                "time",
+                path=path,
+                until=until,
+                model=CANDIDATE,
+                reference=reference,
+                seconds=self.seconds if seconds is None else seconds,
+                tolerance=self.tolerance,
+            )
+        finally:
+            self._drop(models=[CANDIDATE])
+        candidate, beside = np.frombuffer(answer.blob, dtype="<i8").reshape(2, -1) / 1e9
+        return Measurement(
+            fingerprint=fingerprint,
+            seconds=tuple(candidate.tolist()),
+            reference_seconds=tuple(beside.tolist()),
+            load_seconds=loaded["load_seconds"],
+            first_seconds=loaded["first_seconds"],
+            conditions=Conditions.of(answer.message.get("conditions", {})),
+            elsewhere=Elsewhere(**moved) if (moved := loaded.get("elsewhere")) else None,
+        )
+
+    def _hold(self, path: Path, images: NDArray[np.float32], *, key: str | None, until: float) -> str:
+        """The name under which the worker holds `images`."""
+        content = images.data.cast("B")
+        name = "images" if key is None else f"{key} {images.shape} {zlib.crc32(content):08x}"
+        slot = ("" if key is None else key, images.shape)
+        held = self._held.get(slot)
+        if key is not None and held == name:
+            return name
+        if held is not None:
+            self._drop(arrays=[held])
+        self._ask("hold", content, path=path, until=until, array=name, shape=images.shape, dtype="<f4")
+        if key is not None:
+            self._held[slot] = name
+        return name
+
+    def _drop(self, *, models: Sequence[str] = (), arrays: Sequence[str] = ()) -> None:
+        """Has the worker forget what is named, unless it is gone and has forgotten all."""
+        if self.transport.running:
+            self._ask("drop", until=time.monotonic() + START_SECONDS, models=models, arrays=arrays)
+
+    def _until(self) -> float:
+        return time.monotonic() + self.timeout_seconds
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DeviceError(f"{self.name}: model {path} cannot be read: {error.strerror}") from None
+
+    def _ask(
+        self,
+        verb: str,
+        blob: bytes | memoryview = b"",
+        *,
+        until: float,
+        path: Path | None = None,
+        **fields: object,
+    ) -> Answer:
+        limit = max(until - time.monotonic(), 0.0)
+        request = {"verb": verb, "limit_seconds": limit, **fields}
+        about = self.name if path is None else f"{self.name}, {path}"
+        try:
+            answer = self.transport.exchange(request, blob, timeout_seconds=limit)
+        except WorkerLostError as error:
+            raise type(error)(f"{about}: {error}") from None
+        if "refused" in answer.message:
+            raise DeviceError(f"{about}: {answer.message['refused']}")
+        return answer
