@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestling.profile.processes import is_running
-from nestling.profile.store import BUSY_SECONDS, StoreError
+from nestling.profile.store import StoreError, opened
 
 VERSION = 1
 LEASE_SECONDS = 30.0
@@ -262,16 +262,8 @@ class LeaseQueue:
             yield connection
             connection.execute("COMMIT")
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with contextlib.closing(
-                sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            ) as connection:
-                connection.execute("PRAGMA synchronous = NORMAL")
-                yield connection
-        except sqlite3.Error as error:
-            raise StoreError(f"lease queue {self.path}: {error}") from error
+    def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, what="lease queue", synchronous="NORMAL")
 
 
 def _board_thing(board: str) -> str:

@@ -37,6 +37,29 @@ class StoreError(RuntimeError):
     """A measurement store that cannot be used; the message names its file."""
 
 
+@contextlib.contextmanager
+def opened(path: Path, *, what: str, synchronous: str) -> Iterator[sqlite3.Connection]:
+    """A connection to the SQLite file `path`, closed afterwards; transactions are begun by hand.
+
+    Args:
+        path: the file, made when it is missing.
+        what: it is, for messages.
+        synchronous: when SQLite syncs to disk: `FULL`, with every commit; `NORMAL`, so that a power cut may
+            lose the last ones, but nothing is damaged.
+
+    Raises:
+        StoreError: whatever SQLite objects to.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        ) as connection:
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            yield connection
+    except sqlite3.Error as error:
+        raise StoreError(f"{what} {path}: {error}") from error
+
+
 def file_key(path: Path) -> str:
     """The SHA-256 of the file's content, in hexadecimal.
 
@@ -123,16 +146,8 @@ class MeasurementStore:
             connection.execute(_FACTS)
             connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with contextlib.closing(
-                sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            ) as connection:
-                connection.execute("PRAGMA synchronous = FULL")
-                yield connection
-        except sqlite3.Error as error:
-            raise StoreError(f"measurement store {self.path}: {error}") from error
+    def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, what="measurement store", synchronous="FULL")
 
     def _parse(self, content: str) -> Measurement:
         try:

@@ -73,7 +73,10 @@ class FakeBoard:
             said = {"cpu": self.cpu, "instructions": [], "cores": 2, "platform": "Linux aarch64"}
             return Answer({**said, "runtime": "onnxruntime 1.0", "int8_saturates": False}, b"")
         if verb == "load":
-            return Answer({"load_seconds": 0.1, "first_seconds": 0.2}, b"")
+            inputs = [{"name": "images", "dtype": "float32", "shape": [1, 3, 8, 8]}]
+            return Answer({"load_seconds": 0.1, "first_seconds": 0.2, "inputs": inputs}, b"")
+        if verb == "energy":
+            return Answer({"calls": 2, "joules": {"board": 3.0}}, b"")
         if verb == "time":
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
@@ -406,6 +409,15 @@ def test_two_files_are_compared_by_a_fresh_worker_every_round(make: Made, tmp_pa
         assert board.starts == before + 3
 
 
+def test_a_file_is_profiled_on_a_pool(make: Made, tmp_path: Path) -> None:
+    with make(FakeBoard()) as pool:
+        told = profile_file(pool, files(tmp_path, 1)[0])
+        assert told.measurement.device == pool.fingerprint.device
+        assert told.measurement.ratio == 3
+        assert told.inputs[0].shape == (1, 3, 8, 8)
+        assert told.joules == {"board": 1.5}
+
+
 def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> None:
     with open_device("ort:cpu", seconds=0.02, timeout_seconds=60) as device:
         assert isinstance(device, WorkerDevice)
@@ -414,10 +426,6 @@ def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> 
         assert isinstance(device, DevicePool)
         assert device.name == "pool:ort:cpu?threads=1"
         assert device.measure(tiny).ratio > 0
-        told = profile_file(device, tiny, nodes=True)
-        assert told.measurement.device == "pool:ort:cpu?threads=1"
-        assert told.inputs[0].name == "images"
-        assert told.nodes
     assert leases.exists()
     with pytest.raises(DeviceError, match="must be above seconds"):
         open_device("pool:ort:cpu", seconds=5, timeout_seconds=1)
