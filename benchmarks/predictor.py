@@ -45,6 +45,7 @@ from nestling.pipeline.latency import block_signatures, description
 from nestling.pipeline.untrained import measure_blocks, measure_network
 from nestling.profile import DeviceError, connect
 from nestling.profile.held_out import Learner, by_macs, by_model, by_table, held_out, quality
+from nestling.profile.prediction import LEAST
 from nestling.space import Arch, SearchSpace, load_space
 from nestling.space.sampling import stratified
 
@@ -58,6 +59,8 @@ PAUSES = (0.0, 1.0)
 """Seconds before an unstable measurement is taken again."""
 LEAST_LEFT = 20
 """Networks that are left to judge on, or the size is not tried."""
+FEWEST = 2 * LEAST
+"""Networks to learn from and judge on at all."""
 WAYS = ("model", "table", "macs")
 
 
@@ -113,6 +116,11 @@ def measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def learners(found: Figures) -> tuple[dict[str, Learner], list[float]]:
     """The ways to tell latencies, and the ratios that were measured."""
+    if len(found["networks"]) < FEWEST:
+        raise SystemExit(
+            f"only {len(found['networks'])} measurements were stable and {FEWEST} are needed; is the machine "
+            "busy? The same command measures the others"
+        )
     space, build = cifar()
     rows = found["networks"].values()
     archs = [space.canonical(row["decisions"]) for row in rows]
@@ -121,7 +129,7 @@ def learners(found: Figures) -> tuple[dict[str, Learner], list[float]]:
     networks = [block_signatures(build, arch, keep={}) for arch in archs]
     macs = [cost(build_shapes(build.build, arch), arch.integer("resolution")).macs for arch in archs]
     return {
-        "model": by_model(described, ratios, noises=[row["noise"] for row in rows]),
+        "model": by_model(described, ratios, noises=[row.get("noise") for row in rows]),
         "table": by_table(found["blocks"], networks, ratios),
         "macs": by_macs(macs, ratios),
     }, ratios

@@ -451,6 +451,13 @@ def test_hypervolume_grows_by_what_a_candidate_adds_within_limits(load: Load) ->
     assert volumes == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.25, 0.375, 1.0])
 
 
+def test_too_few_stable_networks_are_told_in_a_sentence(load: Load, tmp_path: Path) -> None:
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps({"networks": {}}))
+    with pytest.raises(SystemExit, match="only 0 measurements were stable and 16 are needed"):
+        load("predictor").main(["--refit", "--check", "--measured", str(measured)])
+
+
 def test_a_quick_run_is_stored_beside_the_full_one(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
