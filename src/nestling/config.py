@@ -240,6 +240,9 @@ class SearchConfig(Part):
     SQLite file where it is not given. PostgreSQL reads passwords from `~/.pgpass` or `PGPASSWORD`."""
     warm_start: Annotated[int, Field(ge=0)] = 6
     """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
+    race: bool = True
+    """Whether a candidate is scored on some of the search images first, and on all only where it may yet
+    reach the front: see `nestling.search.racing`."""
     sensitivity: bool = False
     """Whether archs that save bits where the largest network loses least by it are evaluated next: see
     `nestling.quant.sensitivity`."""

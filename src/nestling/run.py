@@ -21,7 +21,7 @@ PACKAGES = ("nestling", "torch", "torchvision", "timm", "optuna", "onnx", "onnxr
 
 CHANGEABLE = {
     "search.trials", "search.strategy", "search.population", "search.batch", "search.warm_start",
-    "search.sensitivity", "search.stop_below", "search.workers", "search.study", "search.limits",
+    "search.sensitivity", "search.race", "search.stop_below", "search.workers", "search.study", "search.limits",
     "export.members", "train.checkpoint_seconds",
 }  # fmt: skip
 """What may change after training has begun: it alters nothing that was measured."""

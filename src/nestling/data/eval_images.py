@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +88,21 @@ class EvalImages:
             raise DataError(f"{count} images asked for, there are {len(self)}; ask for at most that many")
         chosen = balanced(self.labels)[:count]
         return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
+
+    def portions(self, ends: Sequence[int], *, seed: int) -> tuple[EvalImages, ...]:
+        """All images in random order, cut after each of `ends`; the same for the same seed.
+
+        Raises:
+            DataError: `ends` do not rise, or the last is not the number of images.
+        """
+        if list(ends) != sorted(set(ends)) or not ends or ends[0] < 1 or ends[-1] != len(self):
+            raise DataError(f"portions end after {list(ends)} images; they must rise, from 1 to {len(self)}")
+        order = np.random.default_rng(seed).permutation(len(self))
+        parts = np.split(order, list(ends)[:-1])
+        return tuple(
+            EvalImages(self.images.select(part), self.labels[part], self.classes, self.mean, self.std)
+            for part in parts
+        )
 
     def preprocessing(self, resolution: int) -> dict[str, str]:
         """The steps from a picture to the network's input, in words and numbers, for a file's metadata."""

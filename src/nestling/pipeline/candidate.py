@@ -328,14 +328,23 @@ def file_metadata(bench: Workbench, arch: Arch) -> dict[str, str]:
     }
 
 
-def score(device: Device, path: Path, images: EvalImages, *, resolution: int) -> Accuracy:
+def score(
+    device: Device, path: Path, images: EvalImages, *, resolution: int, part_of: int | None = None
+) -> Accuracy:
     """The accuracy of the file at `path`, run by the device's runtime.
+
+    Args:
+        device: where.
+        path: the file.
+        images: what it is scored on.
+        resolution: of its images, in pixels.
+        part_of: how many images there are, where these are some of them.
 
     Raises:
         EvaluationFailed: the runtime crashed, hung or refused the file.
     """
     correct = 0
-    held = len(images) * 12 * resolution**2 <= HELD_BYTES
+    held = (part_of or len(images)) * 12 * resolution**2 <= HELD_BYTES
     try:
         for number, batch in enumerate(images.at(resolution, batch_size=SCORED_BATCH)):
             key = f"{images.key}@{resolution}/{number}" if held else None
@@ -404,14 +413,18 @@ def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[st
 
 
 def candidate_metrics(candidate: Candidate, accuracy: Accuracy) -> dict[str, float]:
-    """The other metrics that a search weighs: exact ones, and accuracy.
+    """The other metrics that a search weighs: exact ones, and accuracy."""
+    return {"top1": accuracy.top1, **cost_metrics(candidate)}
+
+
+def cost_metrics(candidate: Candidate) -> dict[str, float]:
+    """The metrics that a search weighs and that are exact.
 
     The size is that of the file; of a network in precisions for research, which no file holds in as few bits,
     that of its weights.
     """
     size = candidate.weight_bytes if candidate.policy.simulated else candidate.path.stat().st_size
     return {
-        "top1": accuracy.top1,
         "size_mb": size / BYTES_PER_MB,
         "mmacs": candidate.cost.macs / 1e6,
         "peak_mb": candidate.peak_bytes / BYTES_PER_MB,

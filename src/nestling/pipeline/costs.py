@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nestling.models.graph import Untraceable
-from nestling.pipeline.candidate import Candidate, candidate_metrics, file_metadata
+from nestling.pipeline.candidate import Candidate, cost_metrics, file_metadata
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.latency import MODEL, load_predictor, predict_latency
 from nestling.pipeline.listening import Listener
@@ -32,7 +32,6 @@ from nestling.search import InfeasibleLimit
 from nestling.search.learned import Learned, cheapest, learn
 from nestling.search.losses import Exact
 from nestling.space import Arch
-from nestling.train.evaluate import Accuracy
 
 COSTS = "costs.json"
 """The run's file of costs that were computed, and of latencies that were predicted, for stand-ins."""
@@ -173,8 +172,7 @@ def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
         path = Path(folder) / f"{arch.key}.onnx"
         metadata, dynamic = file_metadata(bench, arch), bench.config.export.dynamic_batch
         write_file(quantized, path, dynamic_batch=dynamic, metadata=metadata)
-        metrics = candidate_metrics(Candidate(arch, path, floats, policy, quantized), Accuracy(0, 1))
-    return {metric: value for metric, value in metrics.items() if metric != "top1"}
+        return cost_metrics(Candidate(arch, path, floats, policy, quantized))
 
 
 def _refuse_infeasible(bench: Workbench, metric: str, learned: Learned, ask: _Kept) -> None:

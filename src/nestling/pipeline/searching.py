@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from nestling.pipeline.candidate import (
-    candidate_metrics,
+    cost_metrics,
     latency_metrics,
     measure,
-    score,
     write_candidate,
 )
 from nestling.pipeline.costs import known_costs
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.racing import Scoring
 from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
@@ -34,6 +34,7 @@ from nestling.search import (
     agree,
     change_limits,
     check_limits,
+    load_result,
     search,
     watch,
 )
@@ -98,9 +99,11 @@ def join_search(bench: Workbench, *, study: str | None = None, listener: Listene
 def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     costs = known_costs(bench, listener=listener)
+    scoring = Scoring(bench)
+    scoring.trials = load_result(problem(bench), storage=place.storage, name=place.name).trials
     return search(
         problem(bench),
-        _evaluation(bench, place),
+        _evaluation(bench, place, scoring),
         storage=place.storage,
         name=place.name,
         trials=config.trials,
@@ -114,7 +117,7 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
         priors=costs.priors,
         stop_below=config.stop_below,
         about=about(bench),
-        on_trial=_telling(bench, listener),
+        on_trial=_telling(bench, listener, scoring),
     )
 
 
@@ -145,14 +148,18 @@ def _workers(bench: Workbench) -> Workers:
     return Workers(command, count, logs=folder / "workers", environment=environment)
 
 
-def _telling(bench: Workbench, listener: Listener) -> Callable[[Trial, SearchResult], None]:
+def _telling(
+    bench: Workbench, listener: Listener, scoring: Scoring | None = None
+) -> Callable[[Trial, SearchResult], None]:
     def on_trial(trial: Trial, result: SearchResult) -> None:
+        if scoring is not None:
+            scoring.trials = result.trials
         listener.trial(trial, result, bench.config.search.trials)
 
     return on_trial
 
 
-def _evaluation(bench: Workbench, place: Place) -> Callable[[Arch], Mapping[str, float]]:
+def _evaluation(bench: Workbench, place: Place, scoring: Scoring) -> Callable[[Arch], Mapping[str, float]]:
     """What gives the metrics of an arch; files and measurements are the run's."""
     wanted = problem(bench).needed()
     reference: dict[str, Any] = {}
@@ -166,14 +173,14 @@ def _evaluation(bench: Workbench, place: Place) -> Callable[[Arch], Mapping[str,
                 f"{simulated[0]} is for research: no runtime computes it, so it has no latency; begin a new "
                 "run with the limit on latency, which leaves such precisions out"
             )
-        accuracy = score(bench.device, path, bench.data.search, resolution=candidate.resolution)
-        metrics = candidate_metrics(candidate, accuracy)
+        metrics = cost_metrics(candidate)
         if "latency_ms" in wanted:
             measurement = measure(bench.device, path)
             if not reference:
                 reference.update(_reference(bench, place, measurement))
             metrics |= latency_metrics(measurement, reference_ms=float(reference["latency_ms"]))
-        return metrics
+        # last, as what it costs says how accurate it must be
+        return scoring(path, resolution=candidate.resolution, costs=metrics) | metrics
 
     return evaluate
 

@@ -34,6 +34,11 @@ class Trial:
     reason: str = ""
     seconds: float = 0.0
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether its accuracy is that on a part of the images: it lost a race, and is of no front."""
+        return self.metrics.get("top1_partial", 0.0) > 0
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -56,8 +61,9 @@ class SearchResult:
     def unmet(self) -> tuple[str, ...]:
         """A sentence for each limit that no network tried so far keeps; none before one is tried."""
         sentences = []
-        for limit in self.problem.limits if self.complete else ():
-            best = min(self.complete, key=lambda trial: limit.violation(trial.metrics))
+        whole = [trial for trial in self.complete if not trial.is_partial]
+        for limit in self.problem.limits if whole else ():
+            best = min(whole, key=lambda trial: limit.violation(trial.metrics))
             if limit.violation(best.metrics) > 0:
                 value = best.metrics[limit.metric]
                 sentences.append(f"no network tried so far keeps {limit}: the nearest has {value:.4g}")
@@ -71,7 +77,7 @@ class SearchResult:
     @cached_property
     def front(self) -> tuple[Trial, ...]:
         """The complete trials that keep all limits and that none such beats, from cheapest to dearest."""
-        kept = [trial for trial in self.complete if self.problem.feasible(trial.metrics)]
+        kept = [t for t in self.complete if not t.is_partial and self.problem.feasible(t.metrics)]
         if not kept:
             return ()
         points = np.array([self.problem.losses(trial.metrics) for trial in kept])

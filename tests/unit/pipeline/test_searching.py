@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nestling.config import load_config
-from nestling.pipeline import searching
+from nestling.pipeline import racing, searching
 from nestling.pipeline.searching import _evaluation
 from nestling.pipeline.studies import study_place
 from nestling.pipeline.workbench import Workbench
@@ -26,10 +26,10 @@ def _evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, *, precision: str, 
     vars(bench)["device"] = None
     written = SimpleNamespace(policy=QuantPolicy((("", precision),)), resolution=8)
     monkeypatch.setattr(searching, "write_candidate", lambda *_: written)
-    monkeypatch.setattr(searching, "score", lambda *_, **__: Accuracy(1, 2))
-    monkeypatch.setattr(searching, "candidate_metrics", lambda *_: {"top1": 0.5})
+    monkeypatch.setattr(racing, "score", lambda *_, **__: Accuracy(30, 60))
+    monkeypatch.setattr(searching, "cost_metrics", lambda *_: {"mmacs": 1.0})
     monkeypatch.setattr(searching, "measure", lambda *_: pytest.fail("timed"))
-    return _evaluation(bench, study_place(bench))(bench.given_space.smallest)
+    return _evaluation(bench, study_place(bench), racing.Scoring(bench))(bench.given_space.smallest)
 
 
 def test_a_precision_for_research_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,4 +39,4 @@ def test_a_precision_for_research_is_never_timed(tmp_path: Path, monkeypatch: py
 
 def test_it_is_scored_where_no_latency_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = _evaluate(tmp_path / "run", monkeypatch, precision="w4a4", limits="{}")
-    assert metrics == {"top1": 0.5}
+    assert metrics == {"top1": 0.5, "top1_images": 60.0, "top1_partial": 0.0, "mmacs": 1.0}

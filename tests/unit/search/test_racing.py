@@ -1,0 +1,133 @@
+"""Racing saves images and loses, up to what is stated, nothing that is on the front."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from nestling.search import Metrics, Problem, SearchResult, Trial, hypervolume
+from nestling.search.racing import CONFIDENCE, Scored, is_beaten, looks, most_correct, race
+from nestling.space import Arch, Choice, SearchSpace
+
+TOTAL = 2000
+
+
+def archs(count: int) -> SearchSpace:
+    return SearchSpace("toy", (Choice("width", tuple(range(1, count + 1))),))
+
+
+def trial(arch: Arch, **metrics: float) -> Trial:
+    return Trial(0, arch, metrics, "complete")
+
+
+@pytest.mark.parametrize(
+    ("total", "ends"), [(60, (60,)), (360, (64, 128, 256, 360)), (5000, (625, 1250, 2500, 5000)), (1, (1,))]
+)
+def test_looks_double_until_all_is_seen(total: int, ends: tuple[int, ...]) -> None:
+    assert looks(total) == ends
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 images"):
+        looks(0)
+
+
+def test_what_all_images_may_reach_is_what_drawing_them_would_give() -> None:
+    risk, total = 0.05, 40
+    for correct in (0, 3, 8, 10):
+        most = most_correct(Scored(correct, 10), total, risk=risk)
+        drawn = {
+            right: np.random.default_rng(right).hypergeometric(right, total - right, 10, size=20_000)
+            for right in (most, most + 1)
+            if correct <= right <= total - (10 - correct)
+        }
+        assert (drawn[most] <= correct).mean() >= risk - 0.006
+        if most + 1 in drawn:
+            assert (drawn[most + 1] <= correct).mean() < risk + 0.006
+
+
+def test_nothing_is_left_open_once_every_image_was_seen() -> None:
+    assert most_correct(Scored(7, 20), 20, risk=0.01) == 7
+
+
+def test_a_candidate_that_is_not_beaten_is_scored_on_all_images_as_often_as_stated() -> None:
+    rng, ends, kept = np.random.default_rng(0), looks(400), 0
+    for _ in range(400):
+        # exactly as accurate as what it would be beaten by, were it any worse: the hardest case
+        hits = np.zeros(400, dtype=int)
+        hits[rng.permutation(400)[:300]] = 1
+        firsts = [0, *ends[:-1]]
+        found = race(
+            lambda look, hits=hits, firsts=firsts: int(hits[firsts[look] : ends[look]].sum()),
+            lambda top1: top1 < 0.75,
+            ends=ends,
+        )
+        kept += found.seen == 400
+    # 400 races at 99 % lose more than 10 with a chance of 0.3 % only
+    assert binom.sf(10, 400, 1 - CONFIDENCE) < 0.004
+    assert kept >= 390
+
+
+def searched(*, racing: bool) -> tuple[SearchResult, int]:
+    """A search of 300 archs whose accuracies are known, and how many images it looked at."""
+    rng = np.random.default_rng(1)
+    space = archs(300)
+    problem = Problem.parse(space, objectives=["top1", "latency_ms"], limits={})
+    ends, trials, seen = looks(TOTAL) if racing else (TOTAL,), [], 0
+    order = np.random.default_rng(2).permutation(TOTAL)
+    for number, arch in enumerate(space.walk()):
+        latency = float(rng.uniform(1, 10))
+        chance = 0.6 + 0.03 * latency - float(rng.exponential(0.08))
+        hits = (np.random.default_rng(number).random(TOTAL) < chance)[order]
+        costs: Metrics = {"latency_ms": latency, "mmacs": latency}
+        counts = [int(part.sum()) for part in np.split(hits, list(ends)[:-1])]
+        found = race(
+            lambda look, counts=counts: counts[look],
+            lambda top1, costs=costs: is_beaten(trials, costs, top1),
+            ends=ends,
+        )
+        seen += found.seen
+        metrics = {**costs, "top1": found.top1, "top1_partial": float(found.seen < TOTAL)}
+        trials.append(Trial(number, arch, metrics, "complete"))
+    return SearchResult(problem, tuple(trials)), seen
+
+
+def test_a_race_looks_at_fewer_images_and_finds_the_same_front() -> None:
+    (raced, seen), (whole, all_images) = searched(racing=True), searched(racing=False)
+    assert {t.arch for t in raced.front} == {t.arch for t in whole.front}
+    assert len(whole.front) > 5
+    assert seen < 0.6 * all_images
+    covered = [
+        hypervolume(np.array([r.problem.losses(t.metrics) for t in r.front]), np.array([0.0, 11.0]))
+        for r in (raced, whole)
+    ]
+    assert covered[0] == covered[1]
+
+
+@pytest.fixture
+def better() -> Trial:
+    return trial(archs(3).smallest, top1=0.9, latency_ms=2.0, mmacs=5.0, size_mb=1.0)
+
+
+def test_a_trial_beats_only_what_is_dearer_in_every_cost(better: Trial) -> None:
+    assert is_beaten([better], {"latency_ms": 2.0, "mmacs": 5.0, "size_mb": 1.5}, 0.89)
+    assert not is_beaten([better], {"latency_ms": 2.0, "mmacs": 5.0, "size_mb": 0.9}, 0.89)
+    assert not is_beaten([better], {"latency_ms": 2.0, "mmacs": 5.0, "size_mb": 1.5}, 0.9)
+    assert not is_beaten([better], {"latency_ms": 3.0, "peak_mb": 1.0}, 0.5)  # it has no such metric
+
+
+@pytest.mark.parametrize("flag", ["top1_partial", "latency_unstable"])
+def test_what_is_not_sure_itself_beats_nothing(better: Trial, flag: str) -> None:
+    unsure = trial(better.arch, **better.metrics, **{flag: 1.0})
+    assert not is_beaten([unsure], {"latency_ms": 9.0}, 0.1)
+
+
+def test_a_partial_score_is_on_no_front_and_keeps_no_limit(better: Trial) -> None:
+    space = archs(3)
+    problem = Problem.parse(space, objectives=["top1", "latency_ms"], limits={"top1": 0.95})
+    lucky = trial(space.largest, top1=0.97, latency_ms=1.0, top1_partial=1.0)
+    result = SearchResult(problem, (better, lucky))
+    assert result.front == ()
+    assert "the nearest has 0.9" in result.unmet[0]
+    assert SearchResult(Problem(space, problem.objectives), (better, lucky)).front == (better,)
