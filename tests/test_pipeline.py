@@ -476,3 +476,27 @@ def test_workers_of_the_command_line_go_on_with_a_search(finished: Path, tmp_pat
     assert listener.trials == 2
     assert (run / "reference.json").read_text() == reference
     assert all(set(trial.metrics) == set(result.complete[0].metrics) for trial in result.complete)
+
+
+def test_a_search_for_another_device_takes_accuracies_over_and_measures_latencies(
+    finished: Path, tmp_path: Path
+) -> None:
+    listener, folder = Listening(), tmp_path / "beside"
+    asked = ["search.trials=4", f"search.warm_from={json.dumps(str(finished))}"]
+    with pytest.raises(RunError, match=r"cannot have another train\.lr"):
+        pipeline.begin_from(folder, other=finished, overrides=[*asked, "train.lr=0.3"], listener=listener)
+    asked += ['profile.device="ort:cpu?threads=2"', "search.warm_start=0"]
+    bench = pipeline.begin_from(folder, other=finished, overrides=asked, listener=listener)
+    result = pipeline.search_supernet(bench, listener=listener)
+    bench.close()
+    there = pipeline.searched(pipeline.open_run(finished))
+    before = {trial.arch: trial.metrics for trial in there.complete}
+    both = [trial for trial in result.complete if trial.arch in before]
+    assert len(both) >= 2
+    assert all(trial.metrics["top1"] == before[trial.arch]["top1"] for trial in both)
+    assert all(trial.metrics["latency_ms"] != before[trial.arch]["latency_ms"] for trial in both)
+    assert all(trial.metrics.get("top1_reused") == 1.0 for trial in both)
+    assert any("8 candidates" in note for note in listener.notes)
+    again = pipeline.begin_from(folder, other=finished, overrides=asked, listener=listener)
+    assert len(pipeline.searched(again).complete) == 4
+    again.close()

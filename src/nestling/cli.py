@@ -181,6 +181,15 @@ def search(
     at_least: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=BOUND", help="A limit on accuracy, such as top1=0.9.")
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="A run of the same supernet for another device, whose accuracies are taken over. If the "
+            "first folder has no run yet, one begins there, for another device: --set profile.device=...",
+        ),
+    ] = None,
     set_: Overrides = None,
     resume: Resume = False,
 ) -> None:
@@ -189,13 +198,20 @@ def search(
     With limits, which take the place of those on the same metrics, the best network that keeps them all is
     handed over; candidates of before are judged anew, and not evaluated again.
     """
-    _check_run(folder)
+    begins = from_ is not None and not (folder / "training.json").exists()
+    _check_run(folder if from_ is None or not begins else from_)
     from nestling import console, pipeline
 
-    asked = {"search.workers": workers, "search.study": study}
+    other = None if from_ is None else str(from_.resolve())
+    asked = {"search.workers": workers, "search.study": study, "search.warm_from": other}
     overrides = [f"{key}={json.dumps(value)}" for key, value in asked.items() if value is not None]
     overrides += pipeline.limit_overrides(at_most=at_most or (), at_least=at_least or ())
-    bench = pipeline.open_run(folder, overrides=[*overrides, *(set_ or ())])
+    overrides += set_ or ()
+    if from_ is not None and begins:
+        with console.display() as listener:
+            bench = pipeline.begin_from(folder, other=from_, overrides=overrides, listener=listener)
+    else:
+        bench = pipeline.open_run(folder, overrides=overrides)
     try:
         if resume and not pipeline.searched(bench).trials:
             from nestling.run import RunError

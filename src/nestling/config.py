@@ -240,6 +240,9 @@ class SearchConfig(Part):
     SQLite file where it is not given. PostgreSQL reads passwords from `~/.pgpass` or `PGPASSWORD`."""
     warm_start: Annotated[int, Field(ge=0)] = 6
     """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
+    warm_from: str | None = None
+    """The folder of a run of the same supernet for another device: accuracy and size of its candidates are
+    taken over, latency is measured anew."""
     race: bool = True
     """Whether a candidate is scored on some of the search images first, and on all only where it may yet
     reach the front: see `nestling.search.racing`."""

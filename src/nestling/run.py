@@ -21,8 +21,8 @@ PACKAGES = ("nestling", "torch", "torchvision", "timm", "optuna", "onnx", "onnxr
 
 CHANGEABLE = {
     "search.trials", "search.strategy", "search.population", "search.batch", "search.warm_start",
-    "search.sensitivity", "search.race", "search.stop_below", "search.workers", "search.study", "search.limits",
-    "export.members", "train.checkpoint_seconds",
+    "search.sensitivity", "search.race", "search.warm_from", "search.stop_below", "search.workers",
+    "search.study", "search.limits", "export.members", "train.checkpoint_seconds",
 }  # fmt: skip
 """What may change after training has begun: it alters nothing that was measured."""
 
@@ -102,7 +102,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         if run.config_file.exists():
-            changed = _differences(run.config().model_dump(), config.model_dump())
+            changed = differences(run.config().model_dump(), config.model_dump())
             begun = (folder / "training").exists()
             if begun and not changed <= CHANGEABLE:
                 raise RunError(
@@ -185,12 +185,13 @@ def _commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> set[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted names of what differs between two configurations; all limits count as one."""
     found: set[str] = set()
     for key in old.keys() | new.keys():
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping) and key != "limits":
-            found |= _differences(before, after, f"{prefix}{key}.")
+            found |= differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.add(f"{prefix}{key}")
     return found

@@ -11,6 +11,7 @@ from nestling.pipeline.precisions import table_facts
 from nestling.pipeline.profiling import write_profile_page
 from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.stages import (
+    begin_from,
     export_arch,
     export_best,
     export_front,
@@ -42,6 +43,7 @@ __all__ = [
     "TrainingProgress",
     "TrainingRecord",
     "Trial",
+    "begin_from",
     "convert_space",
     "end_with_input",
     "evaluate_supernet",

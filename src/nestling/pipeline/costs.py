@@ -39,6 +39,8 @@ READS_THEM = frozenset({"predictor", "linas"})
 """Strategies that can be told what they need not learn."""
 SAMPLES = {"mmacs": 300, "size_mb": 150, "peak_mb": 150, "latency_ms": 150}
 """Archs that a stand-in is learned from: counting is fast; writing files and tracing take longer."""
+LEAST_SAMPLES, PER_TRIAL = 40, 4
+"""Fewer are computed for a search of few candidates: this many at least, and for each candidate."""
 KEEP_EVERY = 25
 OFF_AT_MOST = 0.05
 """Median error on archs it was not shown up to which a stand-in takes the place of learning from trials."""
@@ -67,9 +69,10 @@ class Costs:
 def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
     """What the run's search need not learn from its trials.
 
-    Multiply-accumulates, the size of the file and the peak of its activations are computed, where they are
-    objectives or limits. A latency model that `nestling latency` has made for this device is a prior of the
-    latency where it put networks that were left out in order with a Kendall tau of `GOOD_TAU` or more.
+    The size of the file and the peak of its activations are computed where they are objectives or limits.
+    Multiply-accumulates always are: accuracy and latency are learnt from fewer candidates beside them. A
+    latency model that `nestling latency` has made for this device is a prior of the latency, where it put
+    networks that were left out in order with a Kendall tau of `GOOD_TAU` or more.
 
     Raises:
         InfeasibleLimit: no network keeps a limit on a computed cost; the least that was found is named.
@@ -80,11 +83,11 @@ def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
     asked = problem(bench)
     exact: dict[str, Exact] = {}
     for metric, ask in _computed(bench).items():
-        if metric not in asked.needed():
+        if metric not in asked.needed() and metric != "mmacs":
             continue
         kept = _Kept(bench, metric, ask)
         try:
-            learned = kept.learned(SAMPLES[metric])
+            learned = kept.learned(metric)
         except (Untraceable, ValueError) as error:
             listener.note(f"{metric} is learnt from the candidates, it cannot be computed: {error}")
             continue
@@ -119,13 +122,14 @@ class _Kept:
                 self.keep()
         return self._known[arch.key]
 
-    def learned(self, samples: int) -> Learned:
-        """What stands for the function, learned from `samples` archs.
+    def learned(self, metric: str) -> Learned:
+        """What stands for the function, which gives `metric`.
 
         Raises:
             Exception: as the function does.
         """
-        found = learn(self._bench.space, self, samples=samples)
+        enough = max(LEAST_SAMPLES, PER_TRIAL * self._bench.config.search.trials)
+        found = learn(self._bench.space, self, samples=min(enough, SAMPLES[metric]))
         self.keep()
         return found
 
@@ -219,7 +223,7 @@ def _latency_prior(bench: Workbench, listener: Listener) -> dict[str, Exact]:
     digest = hashlib.sha256(json.dumps(told["model"]).encode()).hexdigest()[:16]
     kept = _Kept(bench, f"latency_ms by {digest}", partial(predict_latency, predictor))
     try:
-        learned = kept.learned(SAMPLES["latency_ms"])
+        learned = kept.learned("latency_ms")
     except ValueError as error:
         listener.note(f"{where} is not used: {error}")
         return {}

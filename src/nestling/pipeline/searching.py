@@ -20,6 +20,7 @@ from nestling.pipeline.candidate import (
 from nestling.pipeline.costs import known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.racing import Scoring
+from nestling.pipeline.reusing import reused
 from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
@@ -27,6 +28,7 @@ from nestling.profile import Measurement
 from nestling.run import RunError
 from nestling.search import (
     EvaluationFailed,
+    Metrics,
     SearchResult,
     Stopping,
     Trial,
@@ -39,6 +41,9 @@ from nestling.search import (
     watch,
 )
 from nestling.space import Arch
+
+REUSED = {"top1_partial": 0.0, "top1_reused": 1.0}
+"""What the metrics say of a candidate whose accuracy is that of another run."""
 
 
 def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
@@ -99,11 +104,12 @@ def join_search(bench: Workbench, *, study: str | None = None, listener: Listene
 def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     costs = known_costs(bench, listener=listener)
+    known = reused(bench, listener=listener)
     scoring = Scoring(bench)
     scoring.trials = load_result(problem(bench), storage=place.storage, name=place.name).trials
     return search(
         problem(bench),
-        _evaluation(bench, place, scoring),
+        _evaluation(bench, place, scoring, known.metrics),
         storage=place.storage,
         name=place.name,
         trials=config.trials,
@@ -112,10 +118,11 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
         batch=config.batch,
         seed=bench.config.seed,
         warm_start=config.warm_start,
-        seeds=_seeds(bench, listener),
+        seeds=[*known.front, *_seeds(bench, listener)],
         exact=costs.exact,
         priors=costs.priors,
         stop_below=config.stop_below,
+        elsewhere=known.metrics,
         about=about(bench),
         on_trial=_telling(bench, listener, scoring),
     )
@@ -123,6 +130,7 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
 
 def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
+    reused(bench, listener=listener)  # refuses what workers would refuse one by one
     _seeds(bench, listener)  # found once, and read by the workers
     known_costs(bench, listener=listener)  # the same
     listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
@@ -159,12 +167,19 @@ def _telling(
     return on_trial
 
 
-def _evaluation(bench: Workbench, place: Place, scoring: Scoring) -> Callable[[Arch], Mapping[str, float]]:
-    """What gives the metrics of an arch; files and measurements are the run's."""
+def _evaluation(
+    bench: Workbench, place: Place, scoring: Scoring, known: Mapping[Arch, Metrics]
+) -> Callable[[Arch], Metrics]:
+    """What gives the metrics of an arch; files and measurements are the run's.
+
+    Of archs that are `known` only latency is measured; where none is asked for, not even a file is written.
+    """
     wanted = problem(bench).needed()
     reference: dict[str, Any] = {}
 
-    def evaluate(arch: Arch) -> Mapping[str, float]:
+    def evaluate(arch: Arch) -> Metrics:
+        if arch in known and "latency_ms" not in wanted:
+            return {**known[arch], **REUSED}
         path = bench.candidate_path(arch)
         candidate = write_candidate(bench, arch, path)
         simulated = candidate.policy.simulated
@@ -179,6 +194,8 @@ def _evaluation(bench: Workbench, place: Place, scoring: Scoring) -> Callable[[A
             if not reference:
                 reference.update(_reference(bench, place, measurement))
             metrics |= latency_metrics(measurement, reference_ms=float(reference["latency_ms"]))
+        if arch in known:
+            return {**metrics, **known[arch], **REUSED}
         # last, as what it costs says how accurate it must be
         return scoring(path, resolution=candidate.resolution, costs=metrics) | metrics
 

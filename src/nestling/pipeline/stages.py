@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +21,18 @@ from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.policies import chosen_policy
 from nestling.pipeline.searching import search_supernet
-from nestling.pipeline.studies import problem, searched
+from nestling.pipeline.studies import problem, searched, weights
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.report import ReportFiles, write_report
-from nestling.run import Run, RunError
+from nestling.run import Run, RunError, differences
 from nestling.search import check_limits, make_proposer, spread_along_front
 from nestling.space import Arch, load_space
 from nestling.train.distributed import ALONE, Ranks
+
+OWN_PARTS = {"profile", "search", "export"}
+"""Parts of a configuration that a supernet does not depend on."""
 
 
 def prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks = ALONE) -> Workbench:
@@ -150,6 +155,38 @@ def open_run(folder: Path, *, overrides: Sequence[str] = (), ranks: Ranks = ALON
     if ranks.world > 1:
         return Workbench(run, ranks=ranks)
     return Workbench(Run.create(folder, override_config(run.config(), overrides)))
+
+
+def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener: Listener) -> Workbench:
+    """The workbench of a new run in `folder`, for another device, with the supernet of the run `other`.
+
+    Its configuration is that of `other` with `overrides`, which change no more than the device, the search
+    and the export. What was begun and not finished is continued.
+
+    Raises:
+        RunError: `other` is not trained, an override changes what its weights depend on, or `folder` holds
+            another run.
+        Exception: as `prepare`.
+    """
+    source = Workbench(Run.open(other))
+    source.check_trained()
+    config = override_config(source.config, [f"name={json.dumps(folder.name)}", *overrides])
+    changed = differences(source.config.model_dump(), config.model_dump())
+    fixed = sorted(name for name in changed if name != "name" and name.split(".")[0] not in OWN_PARTS)
+    if fixed:
+        raise RunError(
+            f"a run with the supernet of {other} cannot have another {', '.join(fixed)}; train one of its own"
+        )
+    bench = prepare(config, folder, listener=listener)
+    copied = folder / "training.copied"
+    if not bench.checkpoints.exists():
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(source.checkpoints, copied)
+        copied.rename(bench.checkpoints)
+    if weights(bench) != weights(source):
+        raise RunError(f"{folder} has a supernet of its own; begin in another folder")
+    bench.run.write_json("training.json", source.run.read_json("training.json"))
+    return bench
 
 
 def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]]:

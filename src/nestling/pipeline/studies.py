@@ -72,7 +72,14 @@ def limit_overrides(*, at_most: Sequence[str], at_least: Sequence[str]) -> list[
 def about(bench: Workbench) -> dict[str, str]:
     """What must be the same for all processes that search the run's study, on whichever machine."""
     facts = {"images": bench.data.fingerprint}
+    found = weights(bench)
+    return facts if found is None else {**facts, "weights": found}
+
+
+def weights(bench: Workbench) -> str | None:
+    """The SHA-256 of the supernet's newest checkpoint; None where there is none."""
     index = bench.checkpoints / "checkpoints.json"
-    if index.exists():
-        facts["weights"] = json.loads(index.read_text(encoding="utf-8"))[0]["sha256"]
-    return facts
+    if not index.exists():
+        return None
+    newest: str = json.loads(index.read_text(encoding="utf-8"))[0]["sha256"]
+    return newest

@@ -18,7 +18,7 @@ from nestling.search.evolution import best, evolve, mutate, ranks
 from nestling.search.features import REFERENCE_ROWS, FeatureMap
 from nestling.search.fitting import FEWEST, Model, fit_model
 from nestling.search.losses import Exact, losses_of, violations_of
-from nestling.search.objectives import Problem
+from nestling.search.objectives import Metrics, Problem
 from nestling.search.result import Trial
 from nestling.space import Arch
 
@@ -39,6 +39,7 @@ class Guided:
     Attributes:
         exact: metrics that are computed, not predicted.
         priors: numbers that may tell of a metric before anything is validated, such as zero-cost scores.
+        elsewhere: metrics of archs that need not be validated again, all or some of those that are needed.
         starts: archs that are validated before models are asked: the ends, some between, and what tells most.
         population: of the evolution on the models.
         generations: of it.
@@ -46,6 +47,7 @@ class Guided:
 
     exact: Mapping[str, Exact] = field(default_factory=dict)
     priors: Mapping[str, Exact] = field(default_factory=dict)
+    elsewhere: Mapping[Arch, Metrics] = field(default_factory=dict)
     starts: int = 12
     population: int = 80
     generations: int = 32
@@ -60,7 +62,7 @@ class Guided:
         complete = [trial for trial in trials if trial.state == "complete"]
         chosen = _starts(encoding, tried, min(count, self.starts - len(tried)))
         if len(chosen) < count and len(complete) >= FEWEST:
-            view = View.of(problem, FeatureMap(encoding, self.exact, self.priors), complete)
+            view = View.of(problem, FeatureMap(encoding, self.exact, self.priors), complete, self.elsewhere)
             waiting = np.concatenate([encoding.codes(pending), chosen])
             known = np.concatenate([tried, chosen])
             pool = self._pool(view, known, rng)
@@ -107,8 +109,14 @@ class View:
     models: Mapping[str, Model]
 
     @classmethod
-    def of(cls, problem: Problem, features: FeatureMap, complete: Sequence[Trial]) -> View:
-        """The view of complete trials, FEWEST or more."""
+    def of(
+        cls,
+        problem: Problem,
+        features: FeatureMap,
+        complete: Sequence[Trial],
+        elsewhere: Mapping[Arch, Metrics],
+    ) -> View:
+        """The view of complete trials, FEWEST or more; models also know what was found `elsewhere`."""
         codes = features.encoding.codes([trial.arch for trial in complete])
         metrics = {m: np.array([trial.metrics[m] for trial in complete]) for m in problem.needed()}
         losses, violations = losses_of(problem, metrics), violations_of(problem, metrics)
@@ -117,7 +125,20 @@ class View:
             codes, losses, violations = codes[kept], losses[kept], violations[kept]
             metrics = {metric: values[kept] for metric, values in metrics.items()}
         seen = features(codes)
-        models = {m: fit_model(features, seen, v) for m, v in metrics.items() if m not in features.exact}
+        models = {}
+        for metric, values in metrics.items():
+            if metric in features.exact:
+                continue
+            more = [arch for arch, found in elsewhere.items() if metric in found][:MOST]
+            if not more:
+                models[metric] = fit_model(features, seen, values)
+                continue
+            # first, where they stay; a trial that was taken over from there is not counted twice
+            there = features.encoding.codes(more)
+            new = unlike(np.concatenate([there, codes]), there[:0])[len(there) :] - len(there)
+            known = np.array([elsewhere[arch][metric] for arch in more])
+            both = features(np.concatenate([there, codes[new]]))
+            models[metric] = fit_model(features, both, np.concatenate([known, values[new]]))
         front = codes[best(losses, violations, FRONT)]
         return cls(problem, features, front, losses, violations, models)
 

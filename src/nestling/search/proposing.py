@@ -10,7 +10,7 @@ from nestling.search.asking import MO_CMA, Asking
 from nestling.search.baselines import Evolution, Linas, OfaEvolution, SortedNet, Uniform
 from nestling.search.guided import Guided, batch_size
 from nestling.search.losses import Exact
-from nestling.search.objectives import Problem
+from nestling.search.objectives import Metrics, Problem
 from nestling.search.result import Trial
 from nestling.search.samplers import check_sampler
 from nestling.space import Arch
@@ -39,6 +39,7 @@ def make_proposer(
     population: int = 50,
     exact: Mapping[str, Exact] | None = None,
     priors: Mapping[str, Exact] | None = None,
+    elsewhere: Mapping[Arch, Metrics] | None = None,
 ) -> Proposer:
     """The proposer called `name`.
 
@@ -49,13 +50,14 @@ def make_proposer(
         population: for those that have one.
         exact: metrics that are computed for any arch, not predicted (`predictor`, `linas`).
         priors: numbers that may tell of a metric beforehand, such as zero-cost scores (`predictor`).
+        elsewhere: metrics of archs that another search has found, such as their accuracy (`predictor`).
 
     Raises:
         ValueError: no such proposer, or a sampler that cannot search this problem.
     """
     computed, told = dict(exact or {}), dict(priors or {})
     makers: dict[str, Callable[[], Proposer]] = {
-        DEFAULT: lambda: Guided(exact=computed, priors=told),
+        DEFAULT: lambda: Guided(exact=computed, priors=told, elsewhere=dict(elsewhere or {})),
         "random": Uniform,
         "evolution": lambda: Evolution(population=population),
         "ofa_evolution": lambda: OfaEvolution(population=population),

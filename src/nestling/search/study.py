@@ -51,6 +51,7 @@ def search(
     exact: Mapping[str, Exact] | None = None,
     priors: Mapping[str, Exact] | None = None,
     stop_below: float = 0.0,
+    elsewhere: Mapping[Arch, Metrics] | None = None,
     about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
     lease_seconds: float = LEASE_SECONDS,
@@ -76,8 +77,9 @@ def search(
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
-        exact: metrics that the strategy need not learn, see `make_proposer`; so are `priors`.
         stop_below: ends the search before `trials` where candidates add less than this: see `Stopping`.
+        exact: metrics that the strategy need not learn, see `make_proposer`; there are `priors` and
+            `elsewhere` as well.
         about: what else must be the same for all who search this study, by name.
         on_trial: called for each new trial, this process's or another's, when it is stored.
         lease_seconds: how long a process may be silent before another one does its work.
@@ -89,7 +91,9 @@ def search(
         StudyUnavailable: the database cannot be reached or written.
         ValueError: no such strategy, or one that cannot search this space; or a bad `stop_below`.
     """
-    proposer = make_proposer(strategy, problem, population=population, exact=exact, priors=priors)
+    proposer = make_proposer(
+        strategy, problem, population=population, exact=exact, priors=priors, elsewhere=elsewhere
+    )
     wanted = min(trials, problem.space.size)
     stopping = Stopping(problem, stop_below)
 

@@ -46,7 +46,7 @@ def toy_macs(_: Any, arch: Arch) -> int:
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "SAMPLES", dict.fromkeys(costs.SAMPLES, 60))
+    monkeypatch.setattr(costs, "LEAST_SAMPLES", 60)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,18 @@ def test_multiply_accumulates_are_told_and_not_learnt(folder: Path, monkeypatch:
 def test_only_what_is_asked_for_is_computed_and_for_whom_it_serves(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "_computed", lambda _: {"mmacs": lambda _: pytest.fail("computed")})
-    assert known_costs(opened(folder, objectives=("top1",)), listener=Silent()).exact == {}
-    assert known_costs(opened(folder, strategy="random"), listener=Silent()).exact == {}
+    monkeypatch.setattr(costs, "_computed", lambda _: {"size_mb": lambda _: pytest.fail("computed")})
+    assert known_costs(opened(folder), listener=Silent()).exact == {}
+    random = opened(folder, objectives=("top1", "size_mb"), strategy="random")
+    assert known_costs(random, listener=Silent()).exact == {}
+
+
+def test_multiply_accumulates_are_told_also_where_nobody_asks_for_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workbench, "macs", toy_macs)
+    found = known_costs(opened(folder, objectives=("top1", "latency_ms")), listener=Silent())
+    assert found.exact.keys() == {"mmacs"}
 
 
 def test_costs_are_computed_once_for_all_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +198,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(device=bench.run.read_json("latency_model.json")["device"])
 
     monkeypatch.setattr(costs, "load_predictor", load)
+    monkeypatch.setattr(costs, "_computed", lambda _: {})
     monkeypatch.setattr(costs, "predict_latency", lambda _, arch: toy_macs(None, arch) / 1e3)
 
 

@@ -29,7 +29,7 @@ def _evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, *, precision: str, 
     monkeypatch.setattr(racing, "score", lambda *_, **__: Accuracy(30, 60))
     monkeypatch.setattr(searching, "cost_metrics", lambda *_: {"mmacs": 1.0})
     monkeypatch.setattr(searching, "measure", lambda *_: pytest.fail("timed"))
-    return _evaluation(bench, study_place(bench), racing.Scoring(bench))(bench.given_space.smallest)
+    return _evaluation(bench, study_place(bench), racing.Scoring(bench), {})(bench.given_space.smallest)
 
 
 def test_a_precision_for_research_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

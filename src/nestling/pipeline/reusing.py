@@ -1,0 +1,125 @@
+"""What a run of the same supernet for another device has found out: accuracy and size need not be had again.
+
+Accuracy is that of weights, images and precisions, and the same wherever a file runs; latency is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestling.pipeline.listening import Listener
+from nestling.pipeline.policies import is_precision
+from nestling.pipeline.studies import REFERENCE, searched, weights
+from nestling.pipeline.workbench import Workbench
+from nestling.run import Run, RunError
+from nestling.search import Metrics
+from nestling.space import Arch, SpaceError, load_space
+
+OF_A_FILE = ("top1", "top1_images", "size_mb", "mmacs", "peak_mb")
+"""What a file has on every device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """What another run has found out of archs of this one's space.
+
+    Attributes:
+        metrics: `OF_A_FILE`, of each arch that was scored on all images.
+        front: those of them that are on the other run's front.
+    """
+
+    metrics: Mapping[Arch, Metrics]
+    front: tuple[Arch, ...] = ()
+
+
+def reused(bench: Workbench, *, listener: Listener) -> Reused:
+    """What the run `search.warm_from` has found out; nothing where none is named.
+
+    Precisions that only one of the two devices can use are no obstacle: archs that have them are passed over.
+    So are quantized ones where 8-bit sums of only one device saturate, as weights then differ.
+
+    Raises:
+        RunError: no such run, one that was not searched, or one whose candidates are other networks; what
+            differs is named.
+        StudyMismatch, StudyUnavailable: its study cannot be read.
+    """
+    named = bench.config.search.warm_from
+    if named is None:
+        return Reused({})
+    other = Workbench(Run.open(Path(named)))
+    try:
+        _refuse_different(bench, other)
+        other.data = bench.data  # the same, and read already
+        result = searched(other)
+        if not result.complete:
+            raise RunError(f"{named} was not searched yet; `nestling search {named}` does that")
+        same = _same_integers(bench, other)
+        found: dict[Arch, Metrics] = {}
+        front = []
+        best = {trial.arch for trial in result.front}
+        for trial in result.complete:
+            if trial.is_partial or not (same or _in_floats(bench, trial.arch)):
+                continue
+            try:
+                arch = bench.space.canonical(trial.arch)
+            except SpaceError:  # a precision that this device cannot use
+                continue
+            found[arch] = {name: trial.metrics[name] for name in OF_A_FILE if name in trial.metrics}
+            if trial.arch in best:
+                front.append(arch)
+    finally:
+        other.close()
+    listener.note(
+        f"accuracy and size of {len(found)} candidates of {named} are taken over, of {len(result.complete)} "
+        "that were evaluated there"
+    )
+    return Reused(found, tuple(front))
+
+
+def _refuse_different(bench: Workbench, other: Workbench) -> None:
+    """Refuses a run whose candidates are other networks, or were scored otherwise.
+
+    Raises:
+        RunError: see there.
+    """
+    here, there = bench.run.folder, other.run.folder
+    if here.resolve() == there.resolve():
+        raise RunError(f"{here} cannot begin with its own candidates; it continues by itself, without --from")
+    other.check_trained()
+    mine, its = bench.config, other.config
+    images = (other.run.read_json("data.json") or {}).get("fingerprint")
+    differing = {
+        "the space (but for its precisions)": _without_precisions(bench) != _without_precisions(other),
+        "the supernet's weights": weights(bench) != weights(other),
+        "the images, or how they are split": images != bench.data.fingerprint,
+        "[quant]": mine.quant != its.quant,
+        "search.recalibration_images": mine.search.recalibration_images != its.search.recalibration_images,
+        "search.calibration_images": mine.search.calibration_images != its.search.calibration_images,
+    }
+    told = [name for name, differs in differing.items() if differs]
+    if told:
+        raise RunError(
+            f"the candidates of {there} are not those of {here}: the runs differ in {', '.join(told)}. "
+            f"`nestling search NEW --from {there} --set profile.device=...` begins a run with its supernet"
+        )
+
+
+def _without_precisions(bench: Workbench) -> tuple[object, ...]:
+    space = load_space(bench.run.space_file)
+    return (space.family, tuple(choice for choice in space.choices if not is_precision(choice.name)))
+
+
+def _same_integers(bench: Workbench, other: Workbench) -> bool:
+    """Whether weights have as many bits on both devices, see `Fingerprint.int8_saturates`."""
+    reference = other.run.read_json(REFERENCE)
+    if reference is None:  # nothing was timed there, and what its device does is not known
+        return False
+    saturates: bool = reference["fingerprint"]["int8_saturates"]
+    return saturates == bench.device.fingerprint.int8_saturates
+
+
+def _in_floats(bench: Workbench, arch: Arch) -> bool:
+    chosen = {value for name, value in arch.items() if is_precision(name)}
+    return chosen | set(bench.config.quant.keep.values()) <= {"fp32"}
