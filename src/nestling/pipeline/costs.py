@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import Candidate, cost_metrics, file_metadata
@@ -29,9 +30,10 @@ from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
 from nestling.quant import Recipe, quantize
 from nestling.search import InfeasibleLimit
+from nestling.search.encoding import Codes, Encoding
 from nestling.search.learned import Learned, cheapest, learn
 from nestling.search.losses import Exact
-from nestling.space import Arch
+from nestling.space import Arch, SearchSpace
 
 COSTS = "costs.json"
 """The run's file of costs that were computed, and of latencies that were predicted, for stand-ins."""
@@ -42,7 +44,7 @@ SAMPLES = {"mmacs": 300, "size_mb": 150, "peak_mb": 150, "latency_ms": 150}
 LEAST_SAMPLES, PER_TRIAL = 40, 4
 """Fewer are computed for a search of few candidates: this many at least, and for each candidate."""
 KEEP_EVERY = 25
-OFF_AT_MOST = 0.05
+OFF_AT_MOST = 0.1
 """Median error on archs it was not shown up to which a stand-in takes the place of learning from trials."""
 GOOD_TAU = 0.8
 """Kendall's tau on networks that were left out, from which on a latency model is believed."""
@@ -91,7 +93,8 @@ def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
         except (Untraceable, ValueError) as error:
             listener.note(f"{metric} is learnt from the candidates, it cannot be computed: {error}")
             continue
-        _refuse_infeasible(bench, metric, learned, kept)
+        if metric != "mmacs":  # they are least in the smallest network, which was looked at
+            _refuse_infeasible(bench, metric, learned, kept)
         if learned.typical > OFF_AT_MOST:
             listener.note(
                 f"{metric} is learnt from the candidates: what was computed of {len(learned.known)} networks "
@@ -102,8 +105,17 @@ def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
             f"{metric} is computed, not learnt: of {len(learned.known)} networks exactly, of others by what "
             f"these tell, {learned.typical:.2%} off ({learned.worst:.1%} at most)"
         )
-        exact[metric] = learned
+        exact[metric] = partial(_times_pixels, bench.space, learned) if metric == "mmacs" else learned
     return Costs(exact, _latency_prior(bench, listener) if "latency_ms" in asked.needed() else {})
+
+
+def _times_pixels(space: SearchSpace, per_pixel: Exact, codes: Codes) -> NDArray[np.float64]:
+    """What `per_pixel` gives, times the pixels of the images that archs read: a product less to learn."""
+    values = space.by_name["resolution"].values
+    sides = np.array(values, dtype=np.float64)
+    if len(values) > 1:
+        sides = sides[codes[:, Encoding(space).names.index("resolution")]]
+    return per_pixel(codes) * sides**2
 
 
 class _Kept:
@@ -123,15 +135,19 @@ class _Kept:
         return self._known[arch.key]
 
     def learned(self, metric: str) -> Learned:
-        """What stands for the function, which gives `metric`.
+        """What stands for the function, which gives `metric` (MACs: for each pixel).
 
         Raises:
             Exception: as the function does.
         """
         enough = max(LEAST_SAMPLES, PER_TRIAL * self._bench.config.search.trials)
-        found = learn(self._bench.space, self, samples=min(enough, SAMPLES[metric]))
+        ask = self._per_pixel if metric == "mmacs" else self
+        found = learn(self._bench.space, ask, samples=min(enough, SAMPLES[metric]))
         self.keep()
         return found
+
+    def _per_pixel(self, arch: Arch) -> float:
+        return self(arch) / self._bench.resolution(arch) ** 2
 
     def keep(self) -> None:
         """Writes what is known."""
