@@ -17,7 +17,7 @@ from nestling.pipeline.candidate import (
     measure,
     write_candidate,
 )
-from nestling.pipeline.costs import known_costs
+from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
@@ -103,10 +103,11 @@ def join_search(bench: Workbench, *, study: str | None = None, listener: Listene
 
 def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
-    costs = known_costs(bench, listener=listener)
+    so_far = load_result(problem(bench), storage=place.storage, name=place.name)
+    costs = _costs(bench, so_far, listener)
     known = reused(bench, listener=listener)
     scoring = Scoring(bench)
-    scoring.trials = load_result(problem(bench), storage=place.storage, name=place.name).trials
+    scoring.trials = so_far.trials
     return search(
         problem(bench),
         _evaluation(bench, place, scoring, known.metrics),
@@ -128,11 +129,19 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     )
 
 
+def _costs(bench: Workbench, so_far: SearchResult, listener: Listener) -> Costs:
+    """What the search need not learn; nothing where there is nothing left to propose."""
+    done = len(so_far.complete) + len(so_far.failed)
+    if done >= min(bench.config.search.trials, bench.space.size):
+        return Costs({}, {})
+    return known_costs(bench, listener=listener)
+
+
 def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     reused(bench, listener=listener)  # refuses what workers would refuse one by one
     _seeds(bench, listener)  # found once, and read by the workers
-    known_costs(bench, listener=listener)  # the same
+    _costs(bench, load_result(problem(bench), storage=place.storage, name=place.name), listener)  # the same
     listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
     with _workers(bench) as workers:
         return watch(
