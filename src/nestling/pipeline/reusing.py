@@ -17,6 +17,8 @@ from nestling.run import Run, RunError
 from nestling.search import Metrics
 from nestling.space import Arch, SpaceError, load_space
 
+KEPT = "reused.json"
+"""The run's file of what was taken over, for workers on machines that do not see the other run."""
 OF_A_FILE = ("top1", "top1_images", "size_mb", "mmacs", "peak_mb")
 """What a file has on every device."""
 
@@ -48,6 +50,12 @@ def reused(bench: Workbench, *, listener: Listener) -> Reused:
     named = bench.config.search.warm_from
     if named is None:
         return Reused({})
+    kept = bench.run.read_json(KEPT)
+    if kept is not None and kept["from"] == named and not Path(named).exists():
+        return Reused(
+            {Arch.from_json(row["arch"]): row["metrics"] for row in kept["candidates"]},
+            tuple(Arch.from_json(row["arch"]) for row in kept["candidates"] if row["on_front"]),
+        )
     other = Workbench(Run.open(Path(named)))
     try:
         _refuse_different(bench, other)
@@ -71,6 +79,11 @@ def reused(bench: Workbench, *, listener: Listener) -> Reused:
                 front.append(arch)
     finally:
         other.close()
+    rows = [
+        {"arch": arch.to_json(), "metrics": metrics, "on_front": arch in front}
+        for arch, metrics in found.items()
+    ]
+    bench.run.write_json(KEPT, {"from": named, "candidates": rows})
     listener.note(
         f"accuracy and size of {len(found)} candidates of {named} are taken over, of {len(result.complete)} "
         "that were evaluated there"

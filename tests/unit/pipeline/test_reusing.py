@@ -90,6 +90,21 @@ def test_whole_scores_and_sizes_are_taken_over_and_latencies_are_not(
     assert found.front == (largest,)
 
 
+def test_what_was_taken_over_is_kept_where_the_other_run_is_not_seen(
+    other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_beside(other)
+    tried(monkeypatch, bench)
+    found = reused(bench, listener=Silent())
+    other.rename(other.with_name("elsewhere"))
+    again = Workbench(Run.open(bench.run.folder))
+    again.config = bench.config
+    assert reused(again, listener=Silent()) == found
+    (bench.run.folder / "reused.json").unlink()
+    with pytest.raises(RunError, match="holds no run"):
+        reused(again, listener=Silent())
+
+
 def test_quantized_networks_are_passed_over_where_weights_have_fewer_bits(
     other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
