@@ -77,9 +77,9 @@ def search(
         seed: of every random decision.
         warm_start: archs spread from smallest to largest that are evaluated first.
         seeds: archs of the space that are evaluated next.
-        stop_below: ends the search before `trials` where candidates add less than this: see `Stopping`.
         exact: metrics that the strategy need not learn, see `make_proposer`; there are `priors` and
             `elsewhere` as well.
+        stop_below: ends the search before `trials` where candidates add less than this: see `Stopping`.
         about: what else must be the same for all who search this study, by name.
         on_trial: called for each new trial, this process's or another's, when it is stored.
         lease_seconds: how long a process may be silent before another one does its work.
