@@ -14,7 +14,8 @@ to right:
   odd zero point a tie falls to the other side than in a convolution;
 - means over a whole map: the sum times `read / (written * count)`, rounded, then the zero point added;
 - means over windows: of floats, divided by the scale, plus the zero point, and only then rounded;
-- everything else: floats, divided by the scale, rounded, then the zero point added.
+- everything else: floats (convolutions in the runtime's order, see `nestling.quant.accumulating`), divided by
+  the scale, rounded, then the zero point added.
 
 The runtime's sums on CPUs without fused multiply-adds round twice, which was not measured.
 """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nestling.models.graph import Graph, Operator
 from nestling.models.operators import compute
+from nestling.quant.accumulating import accumulated, is_blocked, joined_sums
 from nestling.quant.arithmetic import Rule, integer_rule
 from nestling.quant.ranges import Range
 from nestling.quant.regions import MOVING_KINDS, absorbing
@@ -51,8 +52,9 @@ class Simulation:
     def run(self, images: Tensor) -> Tensor:
         """The logits (N, classes) of `images` (N, 3, R, R) as the quantized file computes them.
 
-        Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`. What it computes in
-        floats may differ in the last bit, and where such a number is rounded to an integer, by a step.
+        Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`, and so are most
+        convolutions of floats, see `nestling.quant.accumulating`. What else it computes in floats may differ
+        in the last bit, and where such a number is rounded to an integer, by a step.
 
         Raises:
             ValueError: images of another shape.
@@ -112,9 +114,13 @@ def rounded(operator: Operator, ranges: Mapping[str, Range]) -> Operator:
 
 def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
     readers = graph.readers()
-    absorbed: set[str] = set()
+    joined = joined_sums(graph, ranges)
+    absorbed = {convolution.name for convolution in joined.values()}
     for operator in graph.operators:
         if operator.name in absorbed:
+            continue
+        if operator.name in joined:
+            yield _joined_sum(operator, joined[operator.name], ranges)
             continue
         chain = absorbing(readers, graph, operator)
         last = chain[-1]
@@ -126,6 +132,21 @@ def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
         else:
             absorbed.update(part.name for part in chain if whole)
         yield Action(operator.inputs, written.name, rule)
+
+
+def _joined_sum(operator: Operator, convolution: Operator, ranges: Mapping[str, Range]) -> Action:
+    """The sum `operator` with its `convolution`, all of floats but what they read first and write last."""
+    (image,) = convolution.inputs
+    other = next(name for name in operator.inputs if name != convolution.name)
+    read, added, written = (ranges.get(name) for name in (image, other, operator.name))
+    convolution = rounded(convolution, ranges)
+
+    def apply(images: Tensor, others: Tensor) -> Tensor:
+        images = images if read is None else read.numbers(images)
+        result = accumulated(convolution, images, others if added is None else added.numbers(others))
+        return result if written is None else written.steps(result)
+
+    return Action((image, other), operator.name, apply)
 
 
 def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
@@ -158,10 +179,11 @@ def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
         if moved is not None and moved.equals(written):
             return partial(compute, operator)
     operator = rounded(operator, ranges)
+    computed = accumulated if is_blocked(operator, ranges) else compute
 
     def apply(*tensors: Tensor) -> Tensor:
         numbers = (t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True))
-        result = compute(operator, *numbers)
+        result = computed(operator, *numbers)
         return result if written is None else written.steps(result)
 
     return apply
