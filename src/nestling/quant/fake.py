@@ -15,6 +15,7 @@ from nestling.models.graph import Graph, Operator
 from nestling.models.operators import compute
 from nestling.quant.accumulating import accumulated, is_blocked, joined_sums
 from nestling.quant.arithmetic import Rule, integer_rule
+from nestling.quant.logistic import logistic
 from nestling.quant.ranges import Range
 from nestling.quant.regions import MOVING_KINDS, absorbing
 
@@ -53,7 +54,8 @@ class Simulation:
         """The logits (N, classes) of `images` (N, 3, R, R) as the quantized file computes them.
 
         Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`, and so are most
-        convolutions of floats, see `nestling.quant.accumulating`. What else it computes in floats may differ
+        convolutions and all sigmoids of floats, see `nestling.quant.accumulating` and
+        `nestling.quant.logistic`. What else it computes in floats may differ
         in the last bit, and where such a number is rounded to an integer, by a step.
 
         Raises:
@@ -179,11 +181,16 @@ def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
         if moved is not None and moved.equals(written):
             return partial(compute, operator)
     operator = rounded(operator, ranges)
-    computed = accumulated if is_blocked(operator, ranges) else compute
+    blocked = is_blocked(operator, ranges)
 
     def apply(*tensors: Tensor) -> Tensor:
-        numbers = (t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True))
-        result = computed(operator, *numbers)
+        numbers = [t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True)]
+        if blocked:
+            result = accumulated(operator, *numbers)
+        elif operator.kind == "Sigmoid" and numbers[0].dtype == torch.float32:
+            result = logistic(*numbers)
+        else:
+            result = compute(operator, *numbers)
         return result if written is None else written.steps(result)
 
     return apply
