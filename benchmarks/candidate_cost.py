@@ -74,7 +74,7 @@ CLOCKED: tuple[tuple[ModuleType, str, str], ...] = (
     (writing, "insert_qdq", "insert_qdq"),
     (writing, "with_metadata", "save"),
     (writing, "save_onnx", "save"),
-    (candidate, "simulated_logits", "simulate"),
+    (candidate, "simulated", "simulate"),
     (candidate, "verify", "compare"),
     (candidate, "check_precisions", "session"),
 )

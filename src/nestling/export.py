@@ -28,6 +28,10 @@ class ExportMismatch(ValueError):  # noqa: N818 the word says it
     """An ONNX file that does not compute what the network computes; the message gives the figures."""
 
 
+class Unwritable(ValueError):  # noqa: N818 the word says it
+    """A network that no ONNX file can hold, or that no writer covers."""
+
+
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
     """A file that was checked against its network.
@@ -136,10 +140,10 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     """Writes `model` to `path` in one step: whoever reads it sees the old file or the whole new one.
 
     Raises:
-        ValueError: the model is larger than the 2 GiB that one file can hold.
+        Unwritable: the model is larger than the 2 GiB that one file can hold.
     """
     if model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(f"{path}: {model.ByteSize()} bytes; one ONNX file holds less than 2 GiB")
+        raise Unwritable(f"{path}: {model.ByteSize()} bytes; one ONNX file holds less than 2 GiB")
     write_atomically(path, model.SerializeToString(deterministic=True))
 
 

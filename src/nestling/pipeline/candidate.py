@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nestling.data import EvalImages
-from nestling.export import ExportMismatch, verify
+from nestling.export import ExportMismatch, Unwritable, verify
 from nestling.models.cost import Cost
 from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.turns import turn
 from nestling.pipeline.workbench import Workbench
-from nestling.pipeline.writing import simulated_logits, write_file, write_officially
+from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
 from nestling.profile import Device, DeviceError, Measurement
-from nestling.quant import Quantized, QuantPolicy, Recipe, quantize, weight_bits
+from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -40,8 +40,13 @@ FP32_TOLERANCE = 1e-4
 """Largest difference to PyTorch of a float file's logits, as a fraction of their scale."""
 HALF_TOLERANCE = 5e-3
 """The same, with layers in 16-bit floats."""
-QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL = 0.5, 0.02
-"""The same, and the median difference, for a quantized file against its simulation."""
+ROUNDED_TOLERANCE, ROUNDED_TYPICAL = 0.2, 0.004
+"""The same, and the median difference, for a quantized file against its simulation, where computed floats
+become integers, or the device's integers were never compared with the simulation's."""
+COARSE_TOLERANCE, COARSE_TYPICAL = 0.5, 0.02
+"""The same, where activations have fewer than 8 bits."""
+EXACT_INSTRUCTIONS = "avx512_vnni"
+"""With these, integers of ONNX Runtime's CPU provider are the simulation's to the last bit."""
 PAUSES = (0.0, 3.0)
 """Seconds before an unstable measurement is taken again, and again: what made it so may have passed."""
 BYTES_PER_MB = 1_000_000
@@ -110,16 +115,21 @@ class Candidate:
         found = self.quantized
         return found is not None and (bool(found.ranges) or found.graph is not self.graph)
 
-    @property
-    def tolerances(self) -> tuple[float, float | None]:
-        """How far a logit may be off, and the median of them, as parts of their scale: see `check_logits`."""
+    def tolerances(self, *, exact: bool) -> tuple[float, float | None]:
+        """How far a logit may be off, and the median of them, as parts of their scale: see `check_logits`.
+
+        Args:
+            exact: whether all integers must be the simulation's to the last bit.
+        """
         operators = () if self.graph is None else self.graph.operators
         used = {self.policy.precision(operator.layer) for operator in operators}
-        if any(precision.activation is not None for precision in used):
-            return QUANTIZED_TOLERANCE, QUANTIZED_TYPICAL
-        if any(precision.floats != "float32" for precision in used):
-            return HALF_TOLERANCE, None
-        return FP32_TOLERANCE, None
+        formats = [precision.activation for precision in used if precision.activation is not None]
+        halves = any(precision.floats != "float32" for precision in used)
+        if any(format.bits < 8 for format in formats):
+            return COARSE_TOLERANCE, COARSE_TYPICAL
+        if formats and (halves or not exact):
+            return ROUNDED_TOLERANCE, ROUNDED_TYPICAL
+        return (HALF_TOLERANCE if halves else FP32_TOLERANCE), None
 
     @property
     def weight_bytes(self) -> int:
@@ -171,7 +181,7 @@ def write_candidate(
             floats.statistics = quantized.statistics
             write_file(quantized, path, dynamic_batch=dynamic, metadata=metadata)
             candidate = Candidate(arch, path, floats, policy, quantized)
-    except ValueError as error:
+    except (Unquantizable, Unwritable) as error:
         raise EvaluationFailed(str(error)) from error
     return replace(candidate, worst_error=verify_candidate(bench, candidate))
 
@@ -208,13 +218,13 @@ def _refuse_precisions(bench: Workbench, arch: Arch, why: Untraceable) -> None:
     """Refuses precisions of a network that is not written operator by operator.
 
     Raises:
-        ValueError: a choice, or `quant.keep`, asks for one; operation and layer are named.
+        EvaluationFailed: a choice, or `quant.keep`, asks for one; operation and layer are named.
     """
     chosen = {name: arch[name] for name in arch if is_precision(name)}
     kept = {f"quant.keep for {name}": value for name, value in bench.config.quant.keep.items()}
     asked = next(((name, value) for name, value in (chosen | kept).items() if value != "fp32"), None)
     if asked is not None:
-        raise ValueError(
+        raise EvaluationFailed(
             f"{asked[0]} is {asked[1]!r}, but {why}: such a network is written by torch.onnx.export, and "
             "only in fp32"
         )
@@ -229,16 +239,17 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
         EvaluationFailed: the file computes something else, or in other precisions; it is removed.
     """
     images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
-    tolerance, typical = candidate.tolerances
     try:
         with ThreadPoolExecutor(1) as beside, _a_core_left():
             answer = beside.submit(_answer, bench.device, candidate, images.numpy())
             expected = _expected(candidate, images)
+            exact = not expected.rounds_floats and _computes_exactly(bench.device)
+            tolerance, typical = candidate.tolerances(exact=exact)
             _ = candidate.cost  # counted while the device is at work
             verified = verify(
                 candidate.path,
                 images,
-                expected=expected,
+                expected=expected.logits,
                 run=lambda *_: answer.result(),
                 tolerance=tolerance,
                 typical=typical,
@@ -276,11 +287,16 @@ def _answer(device: Device, candidate: Candidate, images: NDArray[np.float32]) -
 
 
 @torch.no_grad()
-def _expected(candidate: Candidate, images: Tensor) -> Tensor:
+def _expected(candidate: Candidate, images: Tensor) -> Simulated:
     if candidate.is_quantized and candidate.quantized is not None:
-        return simulated_logits(candidate.quantized, images)
-    logits: Tensor = candidate.network(images)
-    return logits
+        return simulated(candidate.quantized, images)
+    return Simulated(candidate.network(images), rounds_floats=False)
+
+
+def _computes_exactly(device: Device) -> bool:
+    """Whether the device's integers are those that the simulation was made after."""
+    fingerprint = device.fingerprint
+    return "ort:cpu" in fingerprint.device and EXACT_INSTRUCTIONS in fingerprint.instructions
 
 
 def checked_images(bench: Workbench) -> EvalImages:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nestling.models.graph import Graph
 from nestling.pipeline.probes import PROBES, WEIGHTED, Probe
-from nestling.pipeline.writing import simulated_logits, write_file
+from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import Device, DeviceError, Kernel, MeasurementStore
 from nestling.quant import PRECISIONS, Precision, Quantized, QuantPolicy, quantize
 
@@ -200,7 +200,7 @@ def _find(device: Device, precision: Precision, probe: Probe, *, timed: bool) ->
             got = device.predict(path, images.numpy())
         except (DeviceError, ValueError) as error:
             return Finding(precision.name, probe.kind, "refused", _one_line(error, path))
-        expected = simulated_logits(quantized, images).numpy()
+        expected = simulated(quantized, images).logits.numpy()
         error_here = float(np.abs(got - expected).max() / np.abs(expected).max())
         status, why = _judge(kernels, graph, precision, probe)
         found = Finding(precision.name, probe.kind, status, why, error=error_here)

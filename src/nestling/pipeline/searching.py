@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import (
     cost_metrics,
     latency_metrics,
@@ -25,6 +26,7 @@ from nestling.pipeline.sensitivity import seeds
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
+from nestling.quant import Unquantizable
 from nestling.run import RunError
 from nestling.search import (
     EvaluationFailed,
@@ -241,6 +243,6 @@ def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:
     """What `seeds` gives; nothing, and a note, where the largest network is one that cannot be quantized."""
     try:
         return seeds(bench, problem(bench))
-    except ValueError as error:
+    except (Untraceable, Unquantizable) as error:
         listener.note(f"no archs by sensitivity: {error}")
         return []

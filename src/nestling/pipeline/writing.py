@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nestling.export import load_onnx, official_export, save_onnx, to_onnx, with_metadata
+from nestling.export import Unwritable, load_onnx, official_export, save_onnx, to_onnx, with_metadata
 from nestling.quant import Quantized, insert_qdq, simulate
 
 
@@ -28,7 +29,7 @@ def write_file(
         metadata: what the file says of itself.
 
     Raises:
-        ValueError: a file beyond 2 GiB.
+        Unwritable: a file beyond 2 GiB.
     """
     model = insert_qdq(to_onnx(quantized.graph, dynamic_batch=dynamic_batch), quantized.ranges)
     save_onnx(with_metadata(model, metadata) if metadata else model, path)
@@ -52,17 +53,31 @@ def write_officially(
         metadata: what the file says of itself.
 
     Raises:
-        ValueError: the exporter does not cover it either, or a file beyond 2 GiB.
+        Unwritable: the exporter does not cover it either, or a file beyond 2 GiB.
     """
     try:
         official_export(network, path, resolution=resolution, dynamic_batch=dynamic_batch)
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         told = next(iter(str(error).strip().splitlines()), "")
-        raise ValueError(f"torch.onnx.export cannot write it: {type(error).__name__}: {told}") from error
+        raise Unwritable(f"torch.onnx.export cannot write it: {type(error).__name__}: {told}") from error
     if metadata:
         save_onnx(with_metadata(load_onnx(path), metadata), path)
 
 
-def simulated_logits(quantized: Quantized, images: Tensor) -> Tensor:
-    """What the file that `write_file` wrote must compute for `images`: logits (N, classes)."""
-    return simulate(quantized.graph, quantized.ranges).run(images)
+@dataclass(frozen=True, slots=True, eq=False)
+class Simulated:
+    """What a file must compute.
+
+    Attributes:
+        logits: (N, classes).
+        rounds_floats: whether some of it is integers made of computed floats, of which last bits decide.
+    """
+
+    logits: Tensor
+    rounds_floats: bool
+
+
+def simulated(quantized: Quantized, images: Tensor) -> Simulated:
+    """What the file that `write_file` wrote must compute for `images`."""
+    simulation = simulate(quantized.graph, quantized.ranges)
+    return Simulated(simulation.run(images), simulation.rounds_floats)

@@ -9,7 +9,7 @@ from nestling.quant.placing import place
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy, covers, most_exact
 from nestling.quant.qdq import insert_qdq
 from nestling.quant.quantizing import Quantized, Recipe, quantize
-from nestling.quant.ranges import Range
+from nestling.quant.ranges import Range, Unquantizable
 from nestling.quant.size import weight_bits
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Range",
     "Recipe",
     "Simulation",
+    "Unquantizable",
     "covers",
     "halve",
     "insert_qdq",

@@ -28,11 +28,14 @@ class Action:
         inputs: names of what it reads.
         output: name of what it writes.
         rule: takes and gives tensors as they are held: those with a range in steps, the others as floats.
+        rounds_floats: whether it makes integers of floats that it or one before it computed, of which the
+            runtime's may differ in the last bit.
     """
 
     inputs: tuple[str, ...]
     output: str
     rule: Rule
+    rounds_floats: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +51,11 @@ class Simulation:
     graph: Graph
     ranges: Mapping[str, Range]
     actions: tuple[Action, ...]
+
+    @property
+    def rounds_floats(self) -> bool:
+        """Whether integers are made of floats that were computed: there the runtime's may be others."""
+        return any(action.rounds_floats for action in self.actions)
 
     @torch.no_grad()
     def run(self, images: Tensor) -> Tensor:
@@ -130,10 +138,16 @@ def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
         written = last if whole else operator
         rule = integer_rule(operator, ranges, ranges.get(written.name))
         if rule is None:
-            written, rule = operator, _float_rule(operator, ranges)
-        else:
-            absorbed.update(part.name for part in chain if whole)
+            rounds = operator.name in ranges and not _is_exact(operator, ranges)
+            yield Action(operator.inputs, operator.name, _float_rule(operator, ranges), rounds)
+            continue
+        absorbed.update(part.name for part in chain if whole)
         yield Action(operator.inputs, written.name, rule)
+
+
+def _is_exact(operator: Operator, ranges: Mapping[str, Range]) -> bool:
+    """Whether the runtime's floats between the integers that `operator` reads and writes are ours."""
+    return operator.kind in (*MOVING_KINDS, "Sigmoid") and all(name in ranges for name in operator.inputs)
 
 
 def _joined_sum(operator: Operator, convolution: Operator, ranges: Mapping[str, Range]) -> Action:
@@ -148,7 +162,7 @@ def _joined_sum(operator: Operator, convolution: Operator, ranges: Mapping[str, 
         result = accumulated(convolution, images, others if added is None else added.numbers(others))
         return result if written is None else written.steps(result)
 
-    return Action((image, other), operator.name, apply)
+    return Action((image, other), operator.name, apply, written is not None)
 
 
 def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nestling.models.graph import Graph
 from nestling.models.operators import CAST_TO, Operator
 from nestling.quant.policy import Floats, QuantPolicy
+from nestling.quant.ranges import Unquantizable
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def halve(graph: Graph, policy: QuantPolicy) -> Graph:
     refuses most files.
 
     Raises:
-        ValueError: a constant that is too large for 16 bits.
+        Unquantizable: a constant that is too large for 16 bits.
     """
     wanted: dict[str, Floats] = {o.name: policy.precision(o.layer).floats for o in graph.operators}
     if all(floats == "float32" for floats in wanted.values()):
@@ -74,7 +75,7 @@ def _held_in(floats: Floats, constant: Tensor | None, *, of: Operator) -> Tensor
     converted = constant.detach().to(TYPES[floats])
     if not converted.isfinite().all() and constant.isfinite().all():
         largest = float(constant.abs().max())
-        raise ValueError(
+        raise Unquantizable(
             f"{of.name} has a constant of {largest:.3g}, which {floats} cannot hold; keep layer {of.layer!r} "
             "in fp32 or bf16"
         )

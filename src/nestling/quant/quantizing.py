@@ -94,7 +94,8 @@ def quantize(
         kept: statistics of another policy of this network and these images; the result is the same.
 
     Raises:
-        ValueError: no images, or activations that are not finite.
+        Unquantizable: activations that are not finite, or constants that 16 bits cannot hold.
+        ValueError: no images.
     """
     how = recipe or Recipe()
     precisions = {policy.precision(operator.layer) for operator in graph.operators}

@@ -14,6 +14,10 @@ SMALLEST_SCALE = 2.0**-60
 """No scale is smaller: the product of two must be a float, and not zero. Numbers below it count as zeros."""
 
 
+class Unquantizable(ValueError):  # noqa: N818 the word says it
+    """A network whose numbers a precision cannot hold; the message names the tensor or the layer."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
     """Which numbers a tensor's integers stand for: `scale * (integer - zero_point)`.

@@ -17,7 +17,7 @@ from nestling.quant.moments import (
     rows_read,
     second_moments,
 )
-from nestling.quant.ranges import Range
+from nestling.quant.ranges import Range, Unquantizable
 from nestling.quant.walking import Reading, walk
 
 DAMPING = 0.01
@@ -120,7 +120,7 @@ def _inverse(moments: Tensor) -> Tensor:
         if not failed.any():
             return torch.cholesky_inverse(factor)
         damping = damping * 10
-    raise ValueError("a layer's input is not finite on the calibration images; was training complete?")
+    raise Unquantizable("a layer's input is not finite on the calibration images; was training complete?")
 
 
 def _column_by_column(

@@ -113,7 +113,8 @@ def measure_sensitivity(
 
     Raises:
         KeyError: an unknown precision.
-        ValueError: no images, or tensors that are not finite.
+        Unquantizable: tensors that are not finite.
+        ValueError: no images.
     """
     names = tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
     batches = tuple(images)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.models.graph import Graph, Operator
+from nestling.quant.ranges import Unquantizable
 
 Bounds = tuple[float, float]
 """The smallest and the largest number."""
@@ -85,11 +86,11 @@ def histogram(tensor: Tensor, *, counts: bool = True) -> Histogram:
         counts: otherwise extremes only, which is several times faster.
 
     Raises:
-        ValueError: a number that is not finite.
+        Unquantizable: a number that is not finite.
     """
     low, high = (float(extreme) for extreme in _in_order_of_memory(tensor).aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"numbers from {low} to {high}, which are not finite")
+        raise Unquantizable(f"numbers from {low} to {high}, which are not finite")
     if not counts:
         return Histogram(((low, high),))
     largest = max(-low, high)
@@ -120,7 +121,8 @@ def collect(
         counts: otherwise extremes only, which is all that the methods `minmax` and `moving` read.
 
     Raises:
-        ValueError: no images, a name that the graph does not have, or a tensor that is not finite.
+        Unquantizable: a tensor that is not finite.
+        ValueError: no images, or a name that the graph does not have.
     """
     wanted = set(names)
     unknown = wanted - graph.shapes.keys()
@@ -133,8 +135,8 @@ def collect(
         if name in wanted:
             try:
                 found = histogram(tensor, counts=counts)
-            except ValueError as error:
-                raise ValueError(
+            except Unquantizable as error:
+                raise Unquantizable(
                     f"tensor {name} is not finite on the calibration images; was training complete?"
                 ) from error
             seen[name] = seen[name] + found if name in seen else found

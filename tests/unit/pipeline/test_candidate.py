@@ -10,12 +10,25 @@ from torch import nn
 
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
-from nestling.pipeline.candidate import check_precisions, latency_metrics, measure
+from nestling.pipeline.candidate import (
+    COARSE_TOLERANCE,
+    COARSE_TYPICAL,
+    FP32_TOLERANCE,
+    HALF_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    ROUNDED_TYPICAL,
+    Candidate,
+    check_precisions,
+    latency_metrics,
+    measure,
+)
+from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.workbench import even_batch
 from nestling.pipeline.writing import write_file
 from nestling.profile import DeviceError, Fingerprint, Measurement, OptimizedOp, connect
 from nestling.quant import Quantized, QuantPolicy, quantize
 from nestling.search import EvaluationFailed
+from nestling.space import Arch
 
 
 class Optimizing:
@@ -121,3 +134,31 @@ def test_where_all_are_unstable_the_steadiest_counts_and_the_record_tells() -> N
 def test_a_device_that_is_lost_while_measuring_again_is_a_failure() -> None:
     with pytest.raises(EvaluationFailed, match="gone"):
         timed(0.2)
+
+
+ALL_BITS = QuantPolicy((("", "w8a8"),))
+
+
+@pytest.mark.parametrize(
+    ("policy", "exact", "expected"),
+    [
+        (ALL_BITS, True, (FP32_TOLERANCE, None)),
+        (ALL_BITS, False, (ROUNDED_TOLERANCE, ROUNDED_TYPICAL)),
+        (QuantPolicy((("", "w4a4"),)), True, (COARSE_TOLERANCE, COARSE_TYPICAL)),
+        (QuantPolicy((("0", "w8a8"), ("2", "fp16"))), True, (ROUNDED_TOLERANCE, ROUNDED_TYPICAL)),
+        (QuantPolicy((("", "fp16"),)), True, (HALF_TOLERANCE, None)),
+        (QuantPolicy(), False, (FP32_TOLERANCE, None)),
+    ],
+    ids=["integers", "rounded floats", "4 bits", "beside halves", "halves", "floats"],
+)
+def test_a_file_may_differ_as_far_as_its_arithmetic_may(
+    two_layers: tuple[Quantized, QuantPolicy],
+    policy: QuantPolicy,
+    exact: bool,
+    expected: tuple[float, float | None],
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 6), nn.Flatten()).eval()
+    floats = FloatNetwork(network, resolution=8, image=torch.rand(1, 3, 8, 8))
+    candidate = Candidate(Arch(()), Path("model.onnx"), floats, policy, two_layers[0])
+
+    assert candidate.tolerances(exact=exact) == expected

@@ -194,3 +194,21 @@ def test_a_range_of_another_graph_is_refused(graph: Graph) -> None:
     stray = {"elsewhere/Conv": Range(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), "uint8", None)}
     with pytest.raises(ValueError, match="elsewhere/Conv"):
         simulate(graph, stray)
+
+
+@pytest.mark.parametrize(
+    ("rules", "rounds"),
+    [
+        ((("", "w8a8"),), False),
+        ((("classifier", "w8a8"),), True),
+        ((("", "w8a8"), ("a.conv2", "fp32")), True),
+        ((("stem", "w8a8"), ("act", "w8a8")), False),
+    ],
+    ids=["all", "last", "an island", "first"],
+)
+def test_a_simulation_tells_whether_computed_floats_become_integers(
+    graph: Graph, images: Tensor, rules: tuple[tuple[str, str], ...], rounds: bool
+) -> None:
+    quantized = quantize(graph, QuantPolicy(rules), [images])
+
+    assert simulate(quantized.graph, quantized.ranges).rounds_floats is rounds
