@@ -281,6 +281,8 @@ class QuantConfig(Part):
     """Whether what weight-only layers read is scaled by its size first (AWQ, arXiv 2306.00978)."""
     rounding: Literal["nearest", "moments", "gradients"] = "nearest"
     """How weights are rounded: `moments` is after GPTQ and takes seconds, `gradients` AdaRound: minutes."""
+    rounding_iterations: Annotated[int, Field(ge=1)] = 10_000
+    """Steps of `gradients` for each layer; the paper's number."""
     correct_biases: bool = False
     """Whether the mean error of each layer is taken off its bias last (arXiv 1906.04721)."""
     shared: tuple[Literal["Add", "Concat"], ...] = ()

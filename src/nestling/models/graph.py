@@ -61,6 +61,16 @@ class Graph:
             raise ValueError(f"this graph takes images {wanted}, not {tuple(images.shape)}")
         return _run(self.operators, images, source=self.input, output=self.output, after=after)
 
+    def macs(self, operator: Operator) -> int:
+        """The multiply-accumulates of `operator`, one of this graph's, for one image; 0 where it has none."""
+        written = math.prod(self.shapes[operator.name])
+        if operator.kind == "MatMul":
+            return written * self.shapes[operator.inputs[0]][-1]
+        if operator.weight is None or operator.kind not in ("Conv", "Gemm", "ConvTranspose"):
+            return 0
+        read = math.prod(self.shapes[operator.inputs[0]])
+        return (read if operator.kind == "ConvTranspose" else written) * operator.weight[0].numel()
+
     def readers(self) -> dict[str, list[Operator]]:
         """Tensor name -> the operators that read it, in order."""
         found: dict[str, list[Operator]] = {name: [] for name in self.shapes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,6 @@ from nestling.quant.attention import Factors, reparameterize
 from nestling.quant.layers import bits
 from nestling.quant.learning import LearnedGraph, Learning, Scales
 from nestling.quant.quantizing import prepared
-from nestling.quant.regions import WEIGHT_AXES
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.strategies import Alone
@@ -216,14 +214,8 @@ def _write(bench: Workbench, arch: Arch, quantized: Quantized, path: Path, told:
 
 
 def macs(graph: Graph) -> int:
-    """The multiply-accumulates of convolutions and products of `graph`, for one image."""
-    total = 0
-    for operator in graph.operators:
-        if operator.kind == "MatMul":
-            total += math.prod(graph.shapes[operator.name]) * graph.shapes[operator.inputs[0]][-1]
-        elif operator.kind in WEIGHT_AXES and operator.weight is not None:
-            total += math.prod(graph.shapes[operator.name]) * operator.weight[0].numel()
-    return total
+    """The multiply-accumulates of `graph`, for one image."""
+    return sum(graph.macs(operator) for operator in graph.operators)
 
 
 def _cost(parts: list[Path]) -> dict[str, Any]:

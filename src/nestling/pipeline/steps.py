@@ -31,7 +31,7 @@ def steps(graph: Graph, policy: QuantPolicy) -> tuple[Step, ...]:
                 kind=_kind(operator),
                 signature=_signature([operator], graph, policy),
                 precision=precision.name,
-                macs=float(_macs(operator, graph)),
+                macs=float(graph.macs(operator)),
                 activation_bytes=(read + math.prod(graph.shapes[operator.name])) * activation_bits / 8,
                 weight_bytes=numbers * weight_bits / 8 + 4 * biases,
                 converted_bytes=4.0 * sum(math.prod(graph.shapes[name]) for name in foreign),
@@ -66,13 +66,3 @@ def _kind(operator: Operator) -> str:
 
 def _type(precision: Precision) -> str:
     return precision.floats if precision.activation is None else f"integers{precision.activation.bits}"
-
-
-def _macs(operator: Operator, graph: Graph) -> int:
-    written = math.prod(graph.shapes[operator.name])
-    if operator.kind == "MatMul":
-        return written * graph.shapes[operator.inputs[0]][-1]
-    if operator.weight is None or operator.kind not in ("Conv", "Gemm", "ConvTranspose"):
-        return 0
-    read = math.prod(graph.shapes[operator.inputs[0]])
-    return (read if operator.kind == "ConvTranspose" else written) * operator.weight[0].numel()

@@ -28,6 +28,7 @@ SHARPEST, FLATTEST = 2.0, 20.0
 UNDECIDED = 0.2
 """The part of the iterations that goes without the penalty."""
 BATCH = 32
+ITERATIONS = 10_000
 _ELEMENTWISE = {
     "Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Gelu", "Elu",
     "Softplus",
@@ -39,7 +40,7 @@ def round_by_gradients(
     ranges: Mapping[str, Range],
     images: Iterable[Tensor],
     *,
-    iterations: int = 10_000,
+    iterations: int = ITERATIONS,
     learning_rate: float = 0.01,
     seed: int = 0,
 ) -> Graph:

@@ -1,18 +1,18 @@
-"""Channels made alike in size, so that one scale suits them; and large biases moved on.
+"""Channels made alike in size, so that one scale suits them.
 
-Cross-layer equalization and bias absorption of data-free quantization, Nagel et al. 2019, arXiv 1906.04721.
+Cross-layer equalization of data-free quantization, Nagel et al. 2019, arXiv 1906.04721.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nestling.models.graph import Graph, Operator
-from nestling.quant.scaling import Joint, by_input, group_count, joints, rescaled
+from nestling.quant.scaling import Joint, by_input, joints, rescaled
 
 SWEEPS = 100
 """The most often that all joints are balanced; chains through depthwise convolutions take some ten sweeps."""
@@ -52,49 +52,6 @@ def equalize(graph: Graph) -> Graph:
     )
 
 
-@torch.no_grad()
-def absorb_biases(graph: Graph, images: Iterable[Tensor]) -> Graph:
-    """A graph whose ReLUs read smaller numbers: what a channel never falls below moves into the next bias.
-
-    A channel whose inputs to the ReLU lie above `c = mean - 3 * deviation > 0` is lowered by `c`, and the
-    next layer's bias takes in what its weights make of `c`. Only an input below `c` changes what is computed.
-    The paper takes mean and deviation from batch normalization, which is folded here, so they are measured.
-
-    It is done where a ReLU alone lies between two layers and the next one does not pad its input, since the
-    zeros of padding are not lowered.
-
-    Args:
-        graph: the network, best an equalized one.
-        images: batches (N, 3, R, R).
-
-    Raises:
-        ValueError: no images.
-    """
-    operators = {operator.name: operator for operator in graph.operators}
-    found = [
-        joint
-        for joint in joints(graph)
-        if joint.steps == ("Relu",)
-        and operators[joint.writer].bias is not None
-        and not any(_pads(operators[name]) for name in joint.readers)
-    ]
-    lowest = _mean_less_three_deviations(graph, {joint.writer for joint in found}, images)
-    for joint in found:
-        writer = operators[joint.writer]
-        assert writer.bias is not None
-        excess = lowest[joint.writer].clamp(min=0)
-        operators[joint.writer] = replace(writer, bias=(writer.bias.double() - excess).to(writer.bias.dtype))
-        for name in joint.readers:
-            reader = operators[name]
-            weight = reader.constant()
-            groups = excess.reshape(group_count(reader), 1, weight.shape[1], 1)
-            parts = weight.double().reshape(len(groups), -1, weight.shape[1], weight[0, 0].numel())
-            more = (parts * groups).sum((2, 3)).flatten()
-            old = 0 if reader.bias is None else reader.bias.double()
-            operators[name] = replace(reader, bias=(old + more).to(weight.dtype))
-    return replace(graph, operators=tuple(operators.values()))
-
-
 def _balance(operators: Mapping[str, Operator], joint: Joint, *, largest_bias: float) -> Tensor:
     """By what each channel of `joint` is divided."""
     writer = operators[joint.writer]
@@ -127,33 +84,3 @@ def _like(operator: Operator, original: Operator) -> Operator:
     if bias is not None and original.bias is not None:
         bias = bias.to(original.bias.dtype)
     return replace(operator, weight=operator.constant().to(original.constant().dtype), bias=bias)
-
-
-def _pads(operator: Operator) -> bool:
-    return operator.kind == "Conv" and any(operator.integers("pads"))
-
-
-def _mean_less_three_deviations(graph: Graph, names: set[str], images: Iterable[Tensor]) -> dict[str, Tensor]:
-    """For each of `names`, the least that nearly all its numbers have, channel by channel (channels,)."""
-    counts: dict[str, int] = {}
-    sums: dict[str, Tensor] = {}
-
-    def look(name: str, tensor: Tensor) -> Tensor:
-        if name in names:
-            channels = tensor.double().movedim(1, 0).flatten(1)
-            both = torch.stack([channels.sum(1), channels.square().sum(1)])
-            sums[name] = sums[name] + both if name in sums else both
-            counts[name] = counts.get(name, 0) + channels.shape[1]
-        return tensor
-
-    seen = False
-    for batch in images:
-        graph.run(batch, after=look)
-        seen = True
-    if not seen:
-        raise ValueError("no images; biases are absorbed by what is seen on some")
-    found = {}
-    for name, both in sums.items():
-        mean, square = both / counts[name]
-        found[name] = mean - 3 * (square - mean.square()).clamp(min=0).sqrt()
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
                 precision=precision.name,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
-                macs=_macs(operator, graph),
+                macs=graph.macs(operator),
                 params=operator.weight.numel() + (0 if operator.bias is None else operator.bias.numel()),
             )
         )
@@ -88,9 +87,3 @@ def _kind(operator: Operator) -> str:
     if operator.kind != "Conv" or operator.integer("group") == 1:
         return operator.kind
     return "depthwise Conv" if operator.constant().shape[1] == 1 else "grouped Conv"
-
-
-def _macs(operator: Operator, graph: Graph) -> int:
-    weight = operator.constant()
-    summed = weight.shape[-2] if operator.kind == "MatMul" else weight[0].numel()
-    return math.prod(graph.shapes[operator.name]) * summed

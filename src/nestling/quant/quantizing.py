@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestling.models.graph import Graph
 from nestling.models.operators import Operator
-from nestling.quant.adaround import round_by_gradients
+from nestling.quant.adaround import ITERATIONS, round_by_gradients
 from nestling.quant.awq import awq
 from nestling.quant.calibration import WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import grouped_range
@@ -40,6 +40,7 @@ class Recipe:
         awq: scale what weight-only layers read by its size first (AWQ, arXiv 2306.00978).
         rounding: weights go to the `nearest` integer, or to those that keep a layer's output: by second
             `moments` (GPTQ, arXiv 2210.17323) or by `gradients` (AdaRound, arXiv 2004.10568).
+        rounding_iterations: steps of `gradients` for each layer.
         correct_biases: take the mean error off each layer's bias last (arXiv 1906.04721).
         shared: kinds of operators that read and write tensors of one range, see
             `nestling.quant.observing.ranges`.
@@ -50,6 +51,7 @@ class Recipe:
     equalize: bool = False
     awq: bool = False
     rounding: RoundingMethod = "nearest"
+    rounding_iterations: int = ITERATIONS
     correct_biases: bool = False
     shared: tuple[str, ...] = ()
 
@@ -128,7 +130,7 @@ def quantize(
     if how.rounding == "moments":
         graph = round_by_moments(graph, found, images)
     elif how.rounding == "gradients":
-        graph = round_by_gradients(graph, found, images)
+        graph = round_by_gradients(graph, found, images, iterations=how.rounding_iterations)
     if how.correct_biases:
         graph, found = correct_biases(graph, found, images, exact=exact)
     return Quantized(graph, found, kept)

@@ -165,7 +165,8 @@ def train(
         )
         return TrainingStopped(
             f"{reason}, after step {step} of {steps}; {where}. "
-            "In a new folder, try a smaller train.lr, a longer train.warmup_epochs or train.clip_norm=1"
+            "In a new folder, try a smaller train.lr (of a finetuning, --lr), a longer train.warmup_epochs "
+            "or train.clip_norm=1"
         )
 
     curriculum = CURRICULA.get(config.curriculum)

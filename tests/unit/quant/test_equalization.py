@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
 from nestling.quant import QuantPolicy, observe, simulate
-from nestling.quant.equalization import absorb_biases, equalize
+from nestling.quant.equalization import equalize
 from nestling.quant.scaling import by_input, joints
 
 ALL = QuantPolicy((("", "w8a8"),))
@@ -74,39 +74,6 @@ def test_a_channel_without_weights_keeps_its_size(images: Tensor) -> None:
     assert new_bias is not None
     assert torch.equal(new_bias[1:3], old_bias[1:3])
     assert torch.allclose(after.run(images), graph.run(images), atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def lifted() -> Graph:
-    """A ReLU before a convolution without padding, one before one with; all inputs far above zero."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(6, 4, 3, groups=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3),
-    )  # fmt: skip
-    for layer in (network[0], network[2]):
-        assert isinstance(layer, nn.Conv2d)
-        assert layer.bias is not None
-        layer.bias.data += 30.0
-    return trace(network.eval(), resolution=12)
-
-
-def test_absorbed_biases_hardly_change_logits_and_narrow_what_is_read(lifted: Graph, images: Tensor) -> None:
-    absorbed = absorb_biases(lifted, [images])
-    expected = lifted.run(images)
-    # Of inputs, 0.1 % lie further from the mean than three deviations.
-    difference = (absorbed.run(images) - expected).abs().max()
-    assert difference < 0.01 * expected.abs().max()
-    old, new = (observe(graph, ALL, [images]) for graph in (lifted, absorbed))
-    assert new["3/Relu"].scale < 0.9 * old["3/Relu"].scale
-    assert new["1/Relu"].scale == old["1/Relu"].scale  # the next layer pads it
-    biases = [operator.bias for operator in absorbed.operators if operator.name == "4/Conv"]
-    assert biases[0] is not None  # it had none
-
-
-def test_absorbing_needs_images(lifted: Graph) -> None:
-    with pytest.raises(ValueError, match="no images"):
-        absorb_biases(lifted, [])
 
 
 def test_equalizing_leaves_other_types_of_numbers_as_they_are(uneven: Graph, images: Tensor) -> None:
