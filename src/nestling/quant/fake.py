@@ -14,8 +14,8 @@ from torch import Tensor
 from nestling.models.graph import Graph, Operator
 from nestling.models.operators import compute
 from nestling.quant.accumulating import accumulated, is_blocked, joined_sums
+from nestling.quant.activations import ACTIVATIONS
 from nestling.quant.arithmetic import Rule, integer_rule
-from nestling.quant.logistic import logistic
 from nestling.quant.ranges import Range
 from nestling.quant.regions import MOVING_KINDS, absorbing
 
@@ -62,8 +62,8 @@ class Simulation:
         """The logits (N, classes) of `images` (N, 3, R, R) as the quantized file computes them.
 
         Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`, and so are most
-        convolutions and all sigmoids of floats, see `nestling.quant.accumulating` and
-        `nestling.quant.logistic`. What else it computes in floats may differ
+        convolutions and activations of floats, see `nestling.quant.accumulating` and
+        `nestling.quant.activations`. What else it computes in floats may differ
         in the last bit, and where such a number is rounded to an integer, by a step.
 
         Raises:
@@ -201,8 +201,8 @@ def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
         numbers = [t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True)]
         if blocked:
             result = accumulated(operator, *numbers)
-        elif operator.kind == "Sigmoid" and numbers[0].dtype == torch.float32:
-            result = logistic(*numbers)
+        elif operator.kind in ACTIVATIONS and numbers[0].dtype == torch.float32:
+            result = ACTIVATIONS[operator.kind](operator, *numbers)
         else:
             result = compute(operator, *numbers)
         return result if written is None else written.steps(result)

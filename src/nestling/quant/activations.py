@@ -1,9 +1,13 @@
-"""The sigmoid as ONNX Runtime's CPU provider computes it: a quotient of polynomials, to the last bit."""
+"""Activations of floats as ONNX Runtime's CPU provider computes them, to the last bit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
+
+from nestling.models.operators import Operator
 
 FARTHEST = 18.0
 """The sigmoid of what is farther from zero is taken to be that of this."""
@@ -18,7 +22,7 @@ _EVEN = (
 
 
 def logistic(tensor: Tensor) -> Tensor:
-    """The sigmoids of `tensor`, of float32 numbers.
+    """The sigmoids of `tensor`, of float32 numbers: quotients of polynomials.
 
     Two thirds of PyTorch's own differ in the last bit. The polynomials' steps are fused multiply-adds, which
     PyTorch's are where a CPU has them.
@@ -36,3 +40,18 @@ def _polynomial(coefficients: tuple[float, ...], numbers: Tensor) -> Tensor:
     for coefficient in others:
         total = torch.addcmul(numbers.new_tensor(coefficient), total, numbers)
     return total
+
+
+def _hard_sigmoid(tensor: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """With a product that is rounded before the sum; PyTorch's sum with a factor rounds once."""
+    return (tensor * torch.tensor(alpha, dtype=tensor.dtype)).add_(beta).clamp_(0, 1)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Operator, Tensor], Tensor]] = {
+    "Sigmoid": lambda _, tensor: logistic(tensor),
+    "HardSigmoid": lambda operator, tensor: _hard_sigmoid(
+        tensor, alpha=operator.number("alpha"), beta=operator.number("beta")
+    ),
+    "HardSwish": lambda _, tensor: tensor * _hard_sigmoid(tensor, alpha=1 / 6, beta=0.5),
+}
+"""Kind -> what the operator makes of float32 numbers."""
