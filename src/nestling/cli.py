@@ -457,20 +457,30 @@ def devices(
 @app.command()
 def precisions(
     device: Annotated[str, typer.Argument(metavar="DEVICE", help="Such as ort:cpu?threads=1.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRECISION", help="Try this one, such as w8a8; may be given several times."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell which precisions a device executes, how fast, and which it refuses; by trying each."""
     from nestling import console, pipeline
     from nestling.profile import open_device
 
+    unknown = set(only or ()) - set(pipeline.PRECISIONS)
+    if unknown:
+        known = ", ".join(pipeline.PRECISIONS)
+        raise typer.BadParameter(f"{min(unknown)!r} is no precision; there are {known}", param_hint="--only")
     with open_device(device) as connected, console.display() as listener:
         listener.note(f"device: {connected.fingerprint}")
+        asked = tuple(only or pipeline.PRECISIONS)
         findings = pipeline.probe_precisions(
             connected,
+            asked,
             timed=True,
             on_found=lambda found: listener.trying(f"{found.precision}, {found.kind}: {found.status}"),
         )
-        facts = pipeline.table_facts(connected, findings)
+        facts = pipeline.table_facts(connected, findings, precisions=asked)
     console.print_precisions(facts, as_json=as_json)
 
 

@@ -97,6 +97,7 @@ def test_help_lists_every_command() -> None:
         (("profile", "--compare", "one.onnx"), 2, "--compare takes two files"),
         (("devices", "nowhere"), 2, "there is no store of measurements nowhere"),
         (("precisions", "ort:gpu"), 3, "ort:gpu"),
+        (("precisions", "ort:cpu", "--only", "w5"), 2, "'w5' is no precision; there are fp32, fp16,"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments: tuple[str, ...], code: int, message: str) -> None:

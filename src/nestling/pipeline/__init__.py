@@ -23,6 +23,7 @@ from nestling.pipeline.stages import (
 from nestling.pipeline.studies import limit_overrides, searched
 from nestling.pipeline.training import join_ranks, train_supernet
 from nestling.profile import Comparison, DeviceSummary, FileProfile
+from nestling.quant import PRECISIONS
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial, end_with_input
 from nestling.train.account import Spent
@@ -30,6 +31,7 @@ from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress as TrainingProgress
 
 __all__ = [
+    "PRECISIONS",
     "Comparison",
     "DeviceSummary",
     "FileProfile",

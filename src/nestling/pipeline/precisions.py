@@ -106,9 +106,17 @@ def probe(
     return tuple(findings)
 
 
-def table_facts(device: Device, findings: Sequence[Finding]) -> dict[str, Any]:
-    """The table in the words of JSON: the device, what it can use for layers of any kind, every finding."""
-    kept, dropped = usable(tuple(PRECISIONS), findings)
+def table_facts(
+    device: Device, findings: Sequence[Finding], *, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> dict[str, Any]:
+    """The table in the words of JSON: the device, what it can use for layers of any kind, every finding.
+
+    Args:
+        device: that was tried.
+        findings: about it.
+        precisions: names of those that were tried.
+    """
+    kept, dropped = usable(precisions, findings)
     return {
         "device": device.name,
         "fingerprint": asdict(device.fingerprint),
