@@ -100,8 +100,12 @@ class Board:
 
     def shut(self) -> None:
         """Stops listening and cuts all lines, as a board does whose plug was pulled; children live on."""
-        if self._acceptor is not None:
-            self._acceptor.close()
+
+        async def close() -> None:
+            if self._acceptor is not None:
+                self._acceptor.close()
+
+        self._run(close())  # in the server's own thread, which may just be taking leave of a line
         self.cut()
 
     def cut(self) -> int:

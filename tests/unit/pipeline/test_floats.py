@@ -29,7 +29,7 @@ TESTS = Path(__file__).parents[2]
 class Runtime:
     """Stands for a device: runs files here, and claims to compute on integers what a file stores so."""
 
-    fingerprint = SimpleNamespace(int8_saturates=False)
+    fingerprint = SimpleNamespace(int8_saturates=False, device="fake", instructions=())
 
     def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
         nodes = onnx.load(path).graph.node
