@@ -15,7 +15,7 @@ Claims, of ours:
 
 LINAS is taken in both kinds, with costs predicted (as published) and computed.
 
-Optuna's GP sampler is given 100 evaluations: it fits anew for each and would take hours for 1,000.
+Optuna's GP sampler is given 50 evaluations: it fits anew for each, and 100 take minutes, 1,000 hours.
 
     python benchmarks/search_efficiency.py --data DIR [--check] [--processes 2] [--seeds 5] [--budget 1000]
 

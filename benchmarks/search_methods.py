@@ -45,8 +45,8 @@ METHODS = {
     "random": Method("random"),
     "Optuna NSGA-II": Method("NSGAIISampler", asked=True),
     "Optuna TPE": Method("TPESampler", asked=True),
-    # its model takes the cube of the trials: 1,000 trials would take hours for each seed
-    "Optuna GP": Method("GPSampler", asked=True, most=100),
+    # it fits models anew for each trial, in time that grows with their cube: 100 take minutes, 1,000 hours
+    "Optuna GP": Method("GPSampler", asked=True, most=50),
     "LINAS": Method("linas", computes=False),
     "LINAS, costs computed": Method("linas"),
     "ours, costs predicted": Method("predictor", batch=None, computes=False),
