@@ -7,8 +7,9 @@ A toy of 60 choices with 3 objectives and a limit, whose evaluation takes no tim
 by the real `search()`. Of the last candidates the wall and the processor time from the end of one evaluation
 to the beginning of the next are taken: recording the trial with its 60 parameters in one transaction, leasing
 the next candidate, and every few candidates proposing a batch. Proposing is also timed by itself, at 1,000
-trials; the rest is recording. Beside them, Optuna's own way to add one such trial to the same file. The same
-in PostgreSQL, where there is one.
+trials; the rest is recording. The first batch is told apart: a process that goes on with a search decides
+there once what one that began it has decided on the way. Beside them, Optuna's own way to add one such trial
+to the same file. The same in PostgreSQL, where there is one.
 
     python benchmarks/search_overhead.py [--check] [--quick] [--strategy NAME]
 
@@ -60,15 +61,18 @@ def evaluate(arch: Arch) -> Mapping[str, float]:
     return {"top1": top1, "latency_ms": cost / 100, "size_mb": size / 100, "mmacs": float(cost)}
 
 
-def measure_place(place: str, strategy: str, *, trials: int, choices: int) -> dict[str, float]:
-    """Milliseconds for a candidate in the study at `place`."""
+def measure_place(place: str, strategy: str, *, trials: int, choices: int, seed: int) -> dict[str, float]:
+    """Milliseconds for a candidate in the study at `place`; with another seed its trials are new."""
     problem = toy(choices)
     # as many at a time as a search asks for that is not told otherwise
     batch = usual_batch(strategy, tried=trials, population=POPULATION)
     measured = batch * min(MEASURED_BATCHES, trials // (2 * batch))
-    before = trials - measured
-    shared: dict[str, Any] = {"storage": place, "name": "toy", "population": POPULATION}
+    before = trials - measured - batch
+    shared: dict[str, Any] = {"storage": place, "name": "toy", "population": POPULATION, "seed": seed}
     search(problem, evaluate, trials=before, strategy="random", **shared)
+    began = time.perf_counter()
+    search(problem, evaluate, trials=before + batch, strategy=strategy, **shared)
+    first = time.perf_counter() - began
     left: list[tuple[float, float]] = []
     entered: list[tuple[float, float]] = []
 
@@ -90,6 +94,7 @@ def measure_place(place: str, strategy: str, *, trials: int, choices: int) -> di
     total = statistics.fmean(wall)
     return {
         "batch": batch,
+        "first_batch_s": first,
         "total_ms": total * 1e3,
         "total_processor_ms": statistics.fmean(processor) * 1e3,
         "proposing_ms": proposing * 1e3,
@@ -129,8 +134,8 @@ def measure(options: argparse.Namespace) -> Figures:
             at["PostgreSQL"] = stack.enter_context(postgres.server()).new_database("overhead")
         except postgres.NoServer as error:
             print(f"without PostgreSQL: {error}", flush=True)
-        for name, place in at.items():
-            places[name] = measure_place(place, options.strategy, trials=trials, choices=choices)
+        for seed, (name, place) in enumerate(at.items()):
+            places[name] = measure_place(place, options.strategy, trials=trials, choices=choices, seed=seed)
             print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in places[name].items()), flush=True)
         optuna = optuna_ms(folder / "study.db", toy(choices))
     return {
