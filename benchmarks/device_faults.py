@@ -58,8 +58,8 @@ from nestling.profile.transport_local import LocalProcess
 from nestling.search import Trial
 
 PARTS = ("faults", "cuts", "files", "kills")
-FULL = {"faults": 100, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "measured": 120}
-QUICK = {"faults": 10, "cuts": 3, "files": 130, "kills": 4, "trials": 24, "measured": 36}
+FULL = {"faults": 100, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "killed": 30, "measured": 120}
+QUICK = {"faults": 10, "cuts": 3, "files": 130, "kills": 4, "trials": 24, "killed": 10, "measured": 36}
 HANG_SECONDS = 4.0
 """What a call of the device may take where hangs are injected, and for a hostile file."""
 MEMORY_MB = 4096
@@ -311,13 +311,14 @@ def memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def killed_searches(run: Path, work: Path, *, kills: int, seed: int) -> dict[str, Any]:
-    """What became of a search on a pool of one board, this machine, that was killed so often."""
+def killed_searches(run: Path, work: Path, *, kills: int, trials: int, seed: int) -> dict[str, Any]:
+    """What became of searches on a pool of one board, this machine, that were killed so often in all."""
 
     def begin(number: int) -> tuple[Path, Any]:
         folder = copy_trained(run, work / f"killed-{number}", objectives=["top1", "latency_ms"])
         config = json.loads((folder / "config.json").read_text())
         config["profile"]["device"] = "pool:ort:cpu?threads=1"
+        config["search"]["trials"] = trials
         (folder / "config.json").write_text(json.dumps(config))
         return folder, searching(folder)
 
@@ -326,13 +327,13 @@ def killed_searches(run: Path, work: Path, *, kills: int, seed: int) -> dict[str
     moments = random_moments(kills, seconds=seconds, rng=random.Random(seed))
     found = []
     for killed in run_killed(begin, moments, look=look_at_search):
-        trials = stored_trials(killed.run / "study.db")
+        stored = stored_trials(killed.run / "study.db")
         queue = LeaseQueue(killed.run / "leases.db")
         outcomes = Counter(str(attempt.outcome) for attempt in queue.attempts())
         found.append(
             {
-                **account_of(killed.kills, trials),
-                "failed": sum(trial["state"] == "failed" for trial in trials),
+                **account_of(killed.kills, stored),
+                "failed": sum(trial["state"] == "failed" for trial in stored),
                 "kills": len(killed.kills),
                 "workers_left": sum(not kill["worker_ended"] for kill in killed.kills),
                 "integrity": integrity(killed.run / "study.db"),
@@ -357,7 +358,9 @@ def measure(options: argparse.Namespace) -> Figures:
             "faults": lambda: faulty_search(run, work, faults=sizes["faults"], seed=options.seed),
             "cuts": lambda: cut_lines(work, sizes["measured"], cuts=sizes["cuts"], seed=options.seed),
             "files": lambda: hostile_files(work, count=sizes["files"], seed=options.seed),
-            "kills": lambda: killed_searches(run, work, kills=sizes["kills"], seed=options.seed),
+            "kills": lambda: killed_searches(
+                run, work, kills=sizes["kills"], trials=sizes["killed"], seed=options.seed
+            ),
         }
         for name in PARTS:
             if name in options.only:
@@ -418,7 +421,7 @@ def misses(figures: Figures) -> list[str]:
             wrong("kills", f"damaged: {search['integrity']}, {search['leases_integrity']}", not sound)
             wrong("kills", "a lease was left", not search["lease_is_free"])
             wrong(
-                "kills", f"{search['evaluated']} archs were evaluated", search["evaluated"] != sizes["trials"]
+                "kills", f"{search['evaluated']} archs were evaluated", search["evaluated"] != sizes["killed"]
             )
     return found
 
