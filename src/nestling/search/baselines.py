@@ -24,8 +24,8 @@ ATTEMPTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
-    """Proposes random archs, every choice uniform over its values."""
+class Scattered:
+    """Proposes random archs of every size; with each choice uniform, costs would crowd in the middle."""
 
     def propose(
         self, problem: Problem, trials: Sequence[Trial], *, pending: Sequence[Arch], count: int, seed: int

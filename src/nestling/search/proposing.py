@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from nestling.search.asking import MO_CMA, Asking
-from nestling.search.baselines import Evolution, Linas, OfaEvolution, SortedNet, Uniform
+from nestling.search.baselines import Evolution, Linas, OfaEvolution, Scattered, SortedNet
 from nestling.search.guided import Guided, batch_size
 from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem
@@ -58,7 +58,7 @@ def make_proposer(
     computed, told = dict(exact or {}), dict(priors or {})
     makers: dict[str, Callable[[], Proposer]] = {
         DEFAULT: lambda: Guided(exact=computed, priors=told, elsewhere=dict(elsewhere or {})),
-        "random": Uniform,
+        "random": Scattered,
         "evolution": lambda: Evolution(population=population),
         "ofa_evolution": lambda: OfaEvolution(population=population),
         "linas": lambda: Linas(population=population, exact=computed),
