@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Load = Callable[[str], ModuleType]
 
 FAULTS: dict[str, Any] = {
-    "sizes": {"faults": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 4, "measured": 2},
+    "sizes": {"faults": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 6, "killed": 4, "measured": 2},
     "faults": {
         "injected": {"SIGSEGV": 1, "hang on run": 1}, "failed_trials": 2, "unexplained": [],
         "failed_without_cause": 0, "doubled": 0, "wrong_on_front": 0, "front": 1,
