@@ -211,6 +211,14 @@ def test_a_file_is_profiled_as_a_table_and_as_json(tmp_path: Path) -> None:
     assert sum(node["op"] == "Conv" for node in held["nodes"]) == 28
 
 
+@pytest.mark.timing
+def test_the_reference_model_takes_as_long_as_itself(tmp_path: Path) -> None:
+    model = tmp_path / "reference.onnx"
+    model.write_bytes(reference_model())
+    [held] = json.loads(_nestling("profile", str(model), "--seconds", "0.05", "--json").stdout)
+    assert 0.8 < held["ratio_to_reference"] < 1.25
+
+
 def test_the_devices_of_this_machine_and_of_a_store_are_listed(tmp_path: Path) -> None:
     model = tmp_path / "reference.onnx"
     model.write_bytes(reference_model())
