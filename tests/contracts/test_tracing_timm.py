@@ -9,10 +9,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.export import check_logits, to_onnx
-from nestling.models.graph import trace
+from nestling.models.graph import Graph, trace
 
 Options = dict[str, Any]
 
@@ -90,12 +90,24 @@ def _compare(name: str, resolution: int, options: Options) -> None:
     with torch.no_grad():
         expected = network(images).numpy()
     check_logits(expected, graph.run(images).numpy(), tolerance=1e-4)
+    assert graph.shapes == _shapes(graph, images[:1])
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1
     file = to_onnx(graph, dynamic_batch=True).SerializeToString()
     session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
     got = np.asarray(session.run(None, {"images": images.numpy()})[0])
     check_logits(expected, got, tolerance=2e-4)
+
+
+def _shapes(graph: Graph, image: Tensor) -> dict[str, tuple[int, ...]]:
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, tensor: Tensor) -> Tensor:
+        seen[name] = tuple(tensor.shape)
+        return tensor
+
+    graph.run(image, after=note)
+    return seen
 
 
 def _with_random_weights(network: nn.Module) -> nn.Module:

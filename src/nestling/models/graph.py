@@ -123,8 +123,8 @@ def trace(network: nn.Module, *, resolution: int, image: Tensor | None = None) -
     The network is run once on one image while its calls into PyTorch are recorded. Then batch
     normalization is folded into the convolution or linear layer before it (elsewhere it is a scale and a
     shift for each channel) and padding into the convolution after it; kernels lose the taps that can only
-    meet padding; dropout, stochastic depth and identities vanish. The graph is run on the same image, alone
-    and beside another, and must give the same logits. Of a network on the meta device, which has no numbers,
+    meet padding; dropout, stochastic depth and identities vanish. The graph is run on the same image beside
+    another one, and must give the same logits. Of a network on the meta device, which has no numbers,
     the graph has shapes alone and nothing is compared: it is for what is counted, not for a file.
 
     Args:
@@ -174,16 +174,32 @@ def trace(network: nn.Module, *, resolution: int, image: Tensor | None = None) -
         shapes[name] = tuple(tensor.shape)
         return tensor
 
-    again = _run(operators, image, source=INPUT, output=OUTPUT, after=note)
+    def run(images: Tensor) -> Tensor:
+        return _run(operators, images, source=INPUT, output=OUTPUT, after=note)
+
     if image.is_meta:
+        run(image)
         return Graph(tuple(operators), INPUT, OUTPUT, shapes, resolution)
     try:
-        pair = _run(operators, torch.cat((image, image.flip(-1))), source=INPUT, output=OUTPUT, after=None)
+        pair = run(torch.cat((image, image.flip(-1))))
     except RuntimeError as error:
+        _refuse_other_logits(network, logits, run(image), "something else")
         raise Untraceable(f"the graph of {type(network).__name__} is for one image only ({error})") from error
-    _refuse_other_logits(network, logits, again, "something else")
-    _refuse_other_logits(network, logits, pair[: len(logits)], "something else when there is a second image")
-    return Graph(tuple(operators), INPUT, OUTPUT, shapes, resolution)
+    try:
+        _refuse_other_logits(
+            network, logits, pair[: len(logits)], "something else when there is a second image"
+        )
+    except Untraceable:
+        _refuse_other_logits(network, logits, run(image), "something else")
+        raise
+    axes = {name: recorder.images_axis(output if name == OUTPUT else name) for name in shapes}
+    halves = {name: _halved(shape, axes[name]) for name, shape in shapes.items()}
+    return Graph(tuple(operators), INPUT, OUTPUT, halves, resolution)
+
+
+def _halved(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape for one image of what has `shape` for two, which are counted along `axis`."""
+    return (*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
 
 
 def _refuse_other_logits(network: nn.Module, wanted: Tensor, got: Tensor, what: str) -> None:

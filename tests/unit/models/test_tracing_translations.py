@@ -275,6 +275,19 @@ def test_a_graph_computes_what_the_function_computes(name: str) -> None:
     torch.testing.assert_close(graph.run(images), function(images.clone()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SAME_EVERYWHERE)
+def test_shapes_are_those_of_one_image(name: str) -> None:
+    graph = trace(Calls(SAME_EVERYWHERE[name]).eval(), resolution=6)
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, tensor: Tensor) -> Tensor:
+        seen[name] = tuple(tensor.shape)
+        return tensor
+
+    graph.run(random(1, 3, 6, 6), after=note)
+    assert graph.shapes == seen
+
+
 def test_every_translation_is_tried() -> None:
     called: set[Any] = set()
 
