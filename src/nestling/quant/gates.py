@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.protos import constant
+from nestling.quant.protos import constant, zero_point
 
 ALPHA = 1 / 6
 BETA = 0.5 * (1 - 2**-12)
@@ -47,8 +47,8 @@ def split_gates(graph: Graph, policy: QuantPolicy) -> Graph:
 
 
 def sum_gates(
-    nodes: Sequence[onnx.NodeProto], constants: Sequence[onnx.TensorProto]
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    nodes: Sequence[onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]:
     """`nodes` with each HardSigmoid between integers as a sum that is cut off at 0 and 1, and its constants.
 
     `alpha * x + beta` is the sum of a constant and of x's own integers, read with another scale; the runtime
@@ -56,16 +56,15 @@ def sum_gates(
 
     Args:
         nodes: of a model, in order.
-        constants: its initializers.
+        constants: its initializers by name.
     """
-    known = {held.name: held for held in constants}
     writers = {name: node for node in nodes for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     changed: list[onnx.NodeProto] = []
-    stored: list[onnx.TensorProto] = []
+    stored: dict[str, onnx.TensorProto] = {}
     for node in nodes:
         read = writers.get(node.input[0]) if node.op_type == "HardSigmoid" else None
         if (
@@ -75,9 +74,9 @@ def sum_gates(
         ):
             changed.append(node)
             continue
-        summed, more = _sum(node, read, known)
+        summed, more = _sum(node, read, constants)
         changed += summed
-        stored += more
+        stored.update((held.name, held) for held in more)
     wanted = {name for node in changed for name in node.input}
     return [
         node for node in changed if node.op_type != "DequantizeLinear" or node.output[0] in wanted
@@ -99,24 +98,25 @@ def _sum(
         next((np.float32(a.f) for a in gate.attribute if a.name == key), np.float32(default))
         for key, default in (("alpha", 0.2), ("beta", 0.5))
     )
-    integers, scale, zero_point = read.input
-    dtype = numpy_helper.to_array(constants[zero_point]).dtype
+    integers, scale, zeros = read.input
+    dtype = numpy_helper.to_array(constants[zeros]).dtype
     most = 255 if dtype == np.uint8 else 127
     name = gate.name
+    shared = f"hard_sigmoid.{dtype}.{beta}"
     values = {
         f"{name}.steep.scale": np.float32(numpy_helper.to_array(constants[scale])) * alpha,
-        f"{name}.beta.quantized": np.asarray(most, dtype),
-        f"{name}.beta.scale": beta / np.float32(most),
-        f"{name}.beta.zero_point": np.asarray(0, dtype),
-        f"{name}.low": np.asarray(0, np.float32),
-        f"{name}.high": np.asarray(1, np.float32),
+        f"{shared}.quantized": np.asarray(most, dtype),
+        f"{shared}.scale": beta / np.float32(most),
+        "hard_sigmoid.low": np.asarray(0, np.float32),
+        "hard_sigmoid.high": np.asarray(1, np.float32),
     }
-    stored = [constant(key, np.asarray(value)) for key, value in values.items()]
+    none = zero_point("", np.asarray(0, dtype))
+    stored = [*(constant(key, np.asarray(value)) for key, value in values.items()), none]
     steep, added, summed = f"{name}.steep", f"{name}.beta", f"{name}.sum"
-    beta_names = [f"{added}.{part}" for part in ("quantized", "scale", "zero_point")]
-    clipped = [summed, f"{name}.low", f"{name}.high"]
+    beta_names = [f"{shared}.quantized", f"{shared}.scale", none.name]
+    clipped = [summed, "hard_sigmoid.low", "hard_sigmoid.high"]
     nodes = [
-        helper.make_node("DequantizeLinear", [integers, f"{steep}.scale", zero_point], [steep], name=steep),
+        helper.make_node("DequantizeLinear", [integers, f"{steep}.scale", zeros], [steep], name=steep),
         helper.make_node("DequantizeLinear", beta_names, [added], name=added),
         helper.make_node("Add", [steep, added], [summed], name=name),
         helper.make_node("Clip", clipped, [gate.output[0]], name=f"{name}.clip"),

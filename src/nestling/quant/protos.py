@@ -31,6 +31,19 @@ def constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     return TensorProto(name=name, data_type=_TYPES[value.dtype], dims=value.shape, raw_data=little.tobytes())
 
 
+def zero_point(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
+    """The zero point `value`, scalar or (channels,), as an initializer.
+
+    Where it is one number throughout it is called after that number instead of `name`, so that all tensors
+    with this zero point share one initializer: a network has some of them a hundred times.
+    """
+    number = value.flat[0]
+    if (value == number).all():
+        times = f"x{value.size}" if value.ndim else ""
+        name = f"zero_point.{value.dtype}.{number}{times}"
+    return constant(name, value)
+
+
 def tensor(initializer: onnx.TensorProto) -> Tensor:
     """The numbers of `initializer`, copied."""
     return torch.from_numpy(numpy_helper.to_array(initializer).copy())

@@ -12,7 +12,7 @@ from onnx import helper
 from nestling.quant.blocks import DOMAIN, blocked_layer
 from nestling.quant.gates import sum_gates
 from nestling.quant.protos import constant as constant_of
-from nestling.quant.protos import tensor
+from nestling.quant.protos import tensor, zero_point
 from nestling.quant.ranges import Range
 
 
@@ -44,12 +44,12 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
     if outputs:
         raise ValueError(f"a range for {min(outputs)!r}, the model's output, which stays float")
 
-    stored: list[onnx.TensorProto] = []
+    stored: dict[str, onnx.TensorProto] = {}
     nodes: list[onnx.NodeProto] = []
     blocked: dict[str, torch.Tensor] = {}
     for constant in graph.initializer:
         if constant.name not in ranges:
-            stored.append(constant)
+            stored[constant.name] = constant
             continue
         found = ranges[constant.name]
         values = tensor(constant)
@@ -57,7 +57,7 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
             blocked[constant.name] = values
             continue
         integers = found.integers(values).numpy().astype(found.stored)
-        stored.append(constant_of(f"{constant.name}.quantized", integers))
+        _store(constant_of(f"{constant.name}.quantized", integers), stored)
         nodes.append(
             _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
         )
@@ -76,13 +76,14 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
         else:
             in_its_place, constants_of_it = blocked_layer(reading, blocked[weight], ranges[weight])
             nodes += in_its_place
-            stored += constants_of_it
+            for held in constants_of_it:
+                _store(held, stored)
         for name in node.output:
             nodes += _pair(name, ranges, stored)
 
     nodes, constants_of_gates = sum_gates(nodes, stored)
-    stored += constants_of_gates
-    quantized = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), stored)
+    kept = [*(stored | constants_of_gates).values()]
+    quantized = helper.make_graph(nodes, graph.name, list(graph.input), list(graph.output), kept)
     opsets = list(model.opset_import)
     if any(node.domain == DOMAIN for node in nodes):
         opsets.append(helper.make_opsetid(DOMAIN, 1))
@@ -94,7 +95,9 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
     )
 
 
-def _pair(name: str, ranges: Mapping[str, Range], stored: list[onnx.TensorProto]) -> list[onnx.NodeProto]:
+def _pair(
+    name: str, ranges: Mapping[str, Range], stored: dict[str, onnx.TensorProto]
+) -> list[onnx.NodeProto]:
     """The nodes that take tensor `name` through the integers of its range; none where it has no range."""
     if name not in ranges:
         return []
@@ -107,21 +110,25 @@ def _pair(name: str, ranges: Mapping[str, Range], stored: list[onnx.TensorProto]
     if kept != integers:
         limits = [f"{name}.lowest", f"{name}.highest"]
         for limit, value in zip(limits, found.limits, strict=True):
-            stored.append(constant_of(limit, np.array(value, dtype=found.stored)))
+            _store(constant_of(limit, np.array(value, dtype=found.stored)), stored)
         nodes.insert(1, helper.make_node("Clip", [integers, *limits], [kept], name=kept))
     return nodes
 
 
 def _dequantize(
-    output: str, integers: str, found: Range, stored: list[onnx.TensorProto], *, stem: str
+    output: str, integers: str, found: Range, stored: dict[str, onnx.TensorProto], *, stem: str
 ) -> onnx.NodeProto:
     """The node that writes `output`; its scale and zero point, called after `stem`, are added to `stored`."""
-    scale = found.scale.numpy().astype(np.float32)
-    zero_point = found.zero_point.numpy().astype(found.stored)
-    stored.append(constant_of(f"{stem}.scale", scale))
-    stored.append(constant_of(f"{stem}.zero_point", zero_point))
-    operands = [integers, f"{stem}.scale", f"{stem}.zero_point"]
+    scale = _store(constant_of(f"{stem}.scale", found.scale.numpy().astype(np.float32)), stored)
+    zero_points = found.zero_point.numpy().astype(found.stored)
+    operands = [integers, scale, _store(zero_point(f"{stem}.zero_point", zero_points), stored)]
     node = helper.make_node("DequantizeLinear", operands, [output], name=f"{stem}.dequantized")
     if found.axis is not None:
         node.attribute.append(helper.make_attribute("axis", found.axis))
     return node
+
+
+def _store(held: onnx.TensorProto, stored: dict[str, onnx.TensorProto]) -> str:
+    """The name of `held`, which is in `stored` from now on."""
+    stored[held.name] = held
+    return held.name
