@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 _aten = torch.ops.aten
 
@@ -96,7 +96,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = _tensors((*args, *(kwargs or {}).values()))
         if any(t.is_meta for t in read) and not all(t.is_meta for t in read):
             # what the network keeps or makes elsewhere, neither parameter nor buffer, has numbers
             args, kwargs = tree_map(_without_numbers, (args, kwargs))
@@ -108,9 +108,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = args[0]
         elif func in _NORMALIZATION:
             result = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
+        elif func is _aten.convolution.default and not args[6]:
+            result = args[0].new_empty(_convolved(*args[:2], *args[3:6]))
         else:
             result = func(*args, **(kwargs or {}))
-        written = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        written = _tensors(result if isinstance(result, tuple | list) else (result,))
         if written:
             count = _MACS.get(func)
             if count is not None:
@@ -146,6 +148,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             peak = max(peak, sum(alive.values()))
             alive = {memory: size for memory, size in alive.items() if last[memory] > time}
         return peak
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among `values` and in lists among them: an operator reads and writes nothing deeper."""
+    flat = (leaf for value in values for leaf in (value if isinstance(value, tuple | list) else (value,)))
+    return [leaf for leaf in flat if isinstance(leaf, Tensor)]
+
+
+def _convolved(
+    image: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """The shape of what a convolution writes."""
+    rank = weight.ndim - 2
+    every = (tuple(values) * rank if len(values) == 1 else values for values in (stride, padding, dilation))
+    sides = zip(image.shape[-rank:], weight.shape[2:], *every, strict=True)
+    written = ((side + 2 * pad - gap * (taps - 1) - 1) // step + 1 for side, taps, step, pad, gap in sides)
+    return (*image.shape[: -rank - 1], weight.shape[0], *written)
 
 
 def _without_numbers(value: Any) -> Any:
