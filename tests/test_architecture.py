@@ -10,13 +10,15 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "nestling"
 STAGES = {"train", "quant", "export", "profile", "search", "report"}
-EVERY_PART = {"config", "run", "energy", "space", "models", "data", "pipeline", "console", "cli", *STAGES}
+OTHERS = {"config", "run", "energy", "memory", "space", "models", "data", "pipeline", "console", "cli"}
+EVERY_PART = OTHERS | STAGES
 
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "config": set(),
     "run": {"config"},
     "energy": set(),
+    "memory": set(),
     "space": set(),
     "models": {"space"},
     "data": {"config"},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
+from nestling.memory import keep_freed_memory
 from nestling.models.building import build_shapes
 from nestling.models.compiling import Call
 from nestling.models.cost import cost
@@ -37,7 +38,7 @@ OFFERED = "precisions.json"
 
 
 class Workbench:
-    """One run, opened for work.
+    """One run, opened for work; from then on this process keeps the memory that its tensors free.
 
     Args:
         run: the run's folder.
@@ -51,6 +52,7 @@ class Workbench:
     """
 
     def __init__(self, run: Run, *, ranks: Ranks = ALONE) -> None:
+        keep_freed_memory()
         self.run = run
         self.ranks = ranks
         self.config = run.config()
