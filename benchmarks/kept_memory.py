@@ -99,11 +99,11 @@ def misses(figures: Figures) -> list[str]:
 def sentence(figures: Figures) -> str:
     """The figures in one line."""
     low, middle, high = ratios(figures, "seconds")
-    of_processor = ratios(figures, "processor_seconds")
+    least, half, most = ratios(figures, "processor_seconds")
     faults = [quartiles([pair[way]["faults"] for pair in figures["pairs"]])[1] for way in WAYS]
     return (
         f"with freed memory kept, a sandwich step takes {middle:.3f} of the time ({low:.3f} to {high:.3f}) "
-        f"and {of_processor[1]:.3f} of the processor seconds ({of_processor[0]:.3f} to {of_processor[2]:.3f}); "
+        f"and {half:.3f} of the processor seconds ({least:.3f} to {most:.3f}); "
         f"{faults[0]:.0f} page faults a step instead of {faults[1]:.0f}; {len(figures['pairs'])} pairs of "
         "processes"
     )
