@@ -241,7 +241,7 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
     outside.mkdir()
     canaries = [outside / "canary", private / "canary"]
     for canary in canaries:
-        canary.write_bytes(b"1234" * 16)
+        canary.write_bytes(b"1234" * 64)
     (private / "linked").hardlink_to(canaries[0])
     whole = [path.read_bytes() for path in sorted(work.glob("*/candidates/*.onnx"))[:4]]
     good = small_networks(work / "good", 1)[0]

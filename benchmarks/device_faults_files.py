@@ -73,6 +73,26 @@ def external_data(locations: list[str]) -> Iterator[tuple[str, bytes]]:
         named_only = model([add], tensors=[tensor])
         named_only.graph.initializer[0].data_location = TensorProto.DEFAULT
         yield "external without saying so", named_only.SerializeToString()
+        for beyond in (1 << 32, 7 << 32):
+            yield "external behind long keys", _disguised(location, beyond=beyond, value=1)
+        yield "external by a long value", _disguised(location, beyond=1 << 32, value=1 + (1 << 32))
+
+
+def _disguised(location: str, *, beyond: int, value: int) -> bytes:
+    """A model whose weight lies elsewhere, told by keys that protobuf cuts to 32 bits."""
+
+    def field(number: int, content: bytes | int, *, beyond: int = 0) -> bytes:
+        if isinstance(content, int):
+            return _varint((number << 3) + beyond) + _varint(content)
+        return _varint((number << 3 | 2) + beyond) + _varint(len(content)) + content
+
+    # so many numbers that no optimization looks at them, and fails before the file is read
+    whole = model([helper.make_node("Max", ["images", "weight"], ["out"])]).SerializeToString()
+    tensor = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=SHAPE[2:]).SerializeToString()
+    for key, text in (("location", location), ("offset", "0"), ("length", "256")):
+        tensor += field(13, field(1, key.encode()) + field(2, text.encode()), beyond=beyond)
+    # a second graph is merged with the first
+    return bytes(whole + field(7, field(5, tensor + field(14, value, beyond=beyond))))
 
 
 def nested_functions(levels: int = FUNCTION_LEVELS) -> bytes:

@@ -80,7 +80,9 @@ class LocalProcess:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 start_new_session=True,
-                env={**os.environ, "TMPDIR": str(self._folder)},
+                # What a runtime looks for beside the current folder, or lays there, is not the user's.
+                cwd=self._folder,
+                env={**os.environ, **_search_path(), "TMPDIR": str(self._folder)},
             )
         except OSError as error:
             self._close()
@@ -261,6 +263,12 @@ class LocalProcess:
             self._stderr = (self._stderr + got)[-STDERR_KEPT:]
             if not got:
                 return False
+
+
+def _search_path() -> dict[str, str]:
+    """Python's own search path, if there is one, for a child in another folder than this process."""
+    given = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, given.split(os.pathsep)))} if given else {}
 
 
 class _Frame:

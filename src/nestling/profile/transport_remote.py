@@ -51,10 +51,11 @@ _LOOK = (
     '"missing": [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]}))'
 )
 _LAUNCH = (
-    "import hashlib, runpy, sys; "
+    "import hashlib, os, runpy, sys; "
     "sys.path[:] = [path for path in sys.path if path]; "
     'hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() == sys.argv[2] '
     'or sys.exit("the worker that arrived is not the one that was sent"); '
+    "os.chdir(os.path.dirname(sys.argv[1])); "
     'runpy.run_path(sys.argv[1], run_name="__main__")'
 )
 _FOLDER = re.compile(r"/[A-Za-z0-9/._-]*nestling-worker\.[A-Za-z0-9]+")

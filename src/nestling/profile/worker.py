@@ -246,17 +246,22 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "tensor": {},
 }
 """Field number -> kind of message, for the messages of onnx.proto that may hold a node or a tensor."""
-_REPEATED = {("node", 1), ("node", 2)}
-"""Fields of which every value is wanted: what a node reads and writes."""
+_REPEATED = {("node", 1), ("node", 2), ("tensor", 14)}
+"""Fields of which every value is wanted: what a node reads and writes, and where a tensor lies.
+
+Of the last, protobuf takes the last value that it knows, and knows fewer than may be written.
+"""
+_LONGEST_KEY, _LONGEST_NUMBER = 5, 10
+"""Bytes of the longest key of a field (or length of one), and of the longest number, that protobuf takes."""
 
 
 def messages(model: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
     """Every message of `model` that may hold a node or a tensor: its kind, and the last value of each field.
 
-    Of what a node reads and writes, a list of all values.
+    Of what a node reads and writes and of where a tensor lies, a list of all values.
 
     Raises:
-        RefusalError: `model` is not protobuf.
+        RefusalError: `model` is not protobuf, or is such that protobuf might read something else in it.
     """
     waiting = [("model", memoryview(model))]
     while waiting:
@@ -276,14 +281,17 @@ def messages(model: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
 def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     position = 0
     while position < len(content):
-        key, position = _varint(content, position)
-        wire = key & 7
+        key, position = _varint(content, position, longest=_LONGEST_KEY)
+        number, wire = key >> 3, key & 7
+        # protobuf cuts a longer key to 32 bits: another field than this one, with the same bytes
+        if not 0 < number < 1 << 29:
+            raise RefusalError(f"not an ONNX model: field {number}")
         value: int | memoryview
         if wire == 0:
-            value, position = _varint(content, position)
+            value, position = _varint(content, position, longest=_LONGEST_NUMBER)
         elif wire in (1, 2, 5):
             if wire == 2:
-                length, position = _varint(content, position)
+                length, position = _varint(content, position, longest=_LONGEST_KEY)
             else:
                 length = 8 if wire == 1 else 4
             value = content[position : position + length]
@@ -292,12 +300,12 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             position += length
         else:
             raise RefusalError(f"not an ONNX model: wire type {wire}")
-        yield key >> 3, value
+        yield number, value
 
 
-def _varint(content: memoryview, position: int) -> tuple[int, int]:
+def _varint(content: memoryview, position: int, *, longest: int) -> tuple[int, int]:
     number = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 7 * longest, 7):
         if position >= len(content):
             raise RefusalError("not an ONNX model: it ends inside a number")
         byte = content[position]
@@ -305,7 +313,7 @@ def _varint(content: memoryview, position: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
             return number, position
-    raise RefusalError("not an ONNX model: a number without an end")
+    raise RefusalError(f"not an ONNX model: a number of more than {longest} bytes")
 
 
 def optimized_nodes(model: bytes) -> list[dict[str, Any]]:
@@ -327,7 +335,7 @@ def refuse_external_data(model: bytes) -> None:
         RefusalError: a tensor is stored elsewhere, or `model` is not protobuf.
     """
     for kind, held in messages(model):
-        if kind == "tensor" and (13 in held or held.get(14) == 1):
+        if kind == "tensor" and (13 in held or any(where != 0 for where in held.get(14, ()))):
             name = bytes(held.get(8, b"")).decode(errors="replace")
             raise RefusalError(
                 f"tensor {name!r} is stored outside the file; save the model with its weights inside"
@@ -728,6 +736,8 @@ class OrtRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3
+        # Otherwise bytes that only look like ONNX's may be taken for the runtime's own format, unread by us.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         # By default the runtime quantizes layers that the policy left in float, next to quantized ones.
         options.add_session_config_entry(
             "optimization.disable_specified_optimizers", "WeightBiasQuantization"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,25 @@ def test_a_blob_larger_than_any_pipe_comes_back_whole() -> None:
     assert ask(transport, blob=b"") == b""
     transport.stop()
     assert not transport.running
+
+
+def test_a_worker_s_current_folder_is_its_private_one() -> None:
+    source = "import os, tempfile; os.write(2, f'{os.getcwd()} {tempfile.gettempdir()}'.encode())"
+    transport = python(source)
+    transport.start()
+    with pytest.raises(WorkerLostError) as caught:
+        ask(transport)
+    here, private = str(caught.value).split()[-2:]
+    assert here == private
+    assert not Path(here).exists()
+
+
+def test_a_search_path_holds_in_the_private_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["mine", "/of/all"]))
+    transport = python("import os; os.write(2, os.environ['PYTHONPATH'].encode())")
+    transport.start()
+    with pytest.raises(WorkerLostError, match=re.escape(f"{Path('mine').resolve()}:/of/all")):
+        ask(transport)
 
 
 @pytest.mark.parametrize(

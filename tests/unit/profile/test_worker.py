@@ -126,6 +126,80 @@ def test_external_data_is_found_wherever_it_hides(
         refuse_external_data(model.SerializeToString())
 
 
+def number(value: int) -> bytes:
+    """`value` as protobuf writes it."""
+    coded = bytearray()
+    while value > 0x7F:
+        coded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*coded, value))
+
+
+def field(place: int, content: bytes | int, *, beyond: int = 0) -> bytes:
+    """A field, with `beyond` added to what a key may be: protobuf leaves it away."""
+    wire, value = (0, number(content)) if isinstance(content, int) else (2, number(len(content)) + content)
+    return number((place << 3 | wire) + beyond) + value
+
+
+def disguised(*fields: bytes) -> bytes:
+    """A model of the larger of `images` and the tensor `weight`, whose last fields are those given.
+
+    The tensor has so many numbers that no optimization looks at them, and none fails before they are read.
+    """
+    larger = helper.make_node("Max", ["images", "weight"], ["out"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [64]) for name in ("images", "out")]
+    graph = helper.make_graph([larger], "hostile", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    tensor = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=[64]).SerializeToString()
+    return bytes(model.SerializeToString() + field(7, field(5, tensor + b"".join(fields))))
+
+
+LOCATION = field(1, b"location") + field(2, b"canary")
+PAST = 1 << 32
+DISGUISES = {
+    "keys of more than 32 bits": (field(13, LOCATION, beyond=PAST), field(14, 1, beyond=PAST)),
+    "the highest such keys": (field(13, LOCATION, beyond=7 * PAST), field(14, 1, beyond=7 * PAST)),
+    "one such key": (field(13, LOCATION, beyond=PAST), field(14, 1)),
+    "a value of more than 32 bits": (field(13, LOCATION, beyond=PAST), field(14, 1 + PAST)),
+    "a value that is not known after it": (field(13, LOCATION, beyond=PAST), field(14, 1), field(14, 7)),
+}
+
+
+@pytest.mark.parametrize("how", DISGUISES)
+def test_external_data_is_found_however_it_is_written(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = disguised(*DISGUISES[how])
+    (tmp_path / "canary").write_bytes(np.full(64, 42, np.float32).tobytes())
+    monkeypatch.chdir(tmp_path)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    [read] = session.run(None, {"images": np.zeros(64, np.float32)})
+    assert (read == 42).all()  # or this would be no disguise
+    with pytest.raises(RefusalError):
+        refuse_external_data(model)
+
+
+@pytest.mark.parametrize("fields", [(field(14, 1 + PAST),), (field(14, 1), field(14, 0)), (field(14, b""),)])
+def test_a_tensor_that_may_lie_elsewhere_is_refused(fields: tuple[bytes, ...]) -> None:
+    with pytest.raises(RefusalError, match="'weight' is stored outside the file"):
+        refuse_external_data(disguised(*fields))
+
+
+def test_a_tensor_that_says_that_it_lies_inside_is_accepted() -> None:
+    refuse_external_data(disguised(field(9, bytes(256)), field(14, 0)))
+
+
+def test_the_runtime_s_own_format_is_no_onnx_model(tmp_path: Path, tiny: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "tiny.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(str(tiny), options, providers=["CPUExecutionProvider"])
+    content = (tmp_path / "tiny.ort").read_bytes()
+    assert content[4:8] == b"ORTM"
+    with pytest.raises(Exception, match="protobuf parsing failed"):
+        worker.OrtRuntime("cpu", 1).open(content, with_nodes=False)
+
+
 def test_a_model_with_its_weights_inside_is_accepted(
     tiny_model: Callable[[int | str], onnx.ModelProto],
 ) -> None:
@@ -142,7 +216,21 @@ def test_the_reader_sees_the_nodes_and_tensors_that_onnx_sees(
     assert [bytes(held[8]).decode() for kind, held in found if kind == "tensor"] == ["weight"]
 
 
-@pytest.mark.parametrize("content", [b"\xff" * 20, b"\x3a\x7fshort", b"\x42\x7fshort", b"\x3a", b"\x0b"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 20,
+        b"\x3a\x7fshort",
+        b"\x42\x7fshort",
+        b"\x3a",
+        b"\x0b",
+        b"\x00\x01",
+        field(1, 8, beyond=PAST),
+        b"\x88\x80\x80\x80\x80\x00\x08",
+        b"\x3a\x80\x80\x80\x80\x80\x00",
+        b"\x08" + b"\x80" * 10 + b"\x00",
+    ],
+)
 def test_what_is_not_protobuf_is_refused(content: bytes) -> None:
     with pytest.raises(RefusalError, match="not an ONNX model"):
         list(messages(content))
