@@ -146,7 +146,10 @@ def check_limits(address: str, *, seconds: float, tolerance: float, timeout_seco
 
 def transport_to(address: Address) -> Transport:
     """How a worker is reached at `address`."""
-    needed = ("numpy", {"ort": "onnxruntime"}.get(address.engine, address.engine))
+    needed = (
+        "numpy",
+        *{"ort": ("onnxruntime",), "torch": ("torch", "onnx")}.get(address.engine, (address.engine,)),
+    )
     match address.place:
         case SshPlace():
             from nestling.profile.transport_ssh import SshProcess

@@ -8,7 +8,6 @@ part was written without a GPU at hand, and never ran.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,8 +156,10 @@ def _slice(step: Step, x: Tensor, *_: object) -> Tensor:
         raise NotImplementedError("places that are computed")
     axes = step.numbers(3, "axes") or list(range(len(starts)))
     strides = step.numbers(4, "steps") or [1] * len(starts)
+    if not len(starts) == len(ends) == len(axes) == len(strides):
+        raise ValueError(f"a slice of {len(starts)} starts, {len(ends)} ends and {len(axes)} axes")
     cut = [slice(None)] * x.dim()
-    for start, end, axis, stride in zip(starts, ends, axes, strides, strict=True):
+    for start, end, axis, stride in zip(starts, ends, axes, strides):  # noqa: B905 boards have Python 3.9
         if stride < 0:
             raise NotImplementedError("a slice that runs backwards")
         cut[axis] = slice(start, end, stride)
@@ -370,7 +371,8 @@ class Session:
         between()
         for step in self.steps:
             found = OPERATORS[step.op](step, *(values[name] for name in step.reads))
-            values.update(zip(step.writes, found if isinstance(found, list) else [found], strict=False))
+            outputs = found if isinstance(found, list) else [found]
+            values.update(zip(step.writes, outputs))  # noqa: B905 boards have Python 3.9
             between()
         return [values[name] for name in self.outputs]
 
@@ -449,7 +451,7 @@ class ForeignRuntime:
 
         session.compute(inputs, between=mark)
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
+        return [events[i].elapsed_time(events[i + 1]) * 1e3 for i in range(len(events) - 1)]
 
     def timer(self) -> Callable[[Callable[[], object]], int] | None:
         """On a GPU: what runs a call between two CUDA events and gives the nanoseconds between them."""

@@ -1,6 +1,6 @@
 """The worker: the program that loads and times models, beside the search or on a board.
 
-One file that needs only Python, NumPy and onnxruntime: run it as a file or pass its source to `python -c`.
+One file that needs only Python, NumPy and a runtime: run it as a file or pass its source to `python -c`.
 It reads requests from stdin and answers each on stdout, as frames: the lengths of a JSON object and of a blob
 (two big-endian 64-bit numbers), the object, the blob. The verbs are the methods that `Worker.verbs` lists.
 
@@ -633,7 +633,11 @@ class OrtRuntime:
     """ONNX Runtime with one execution provider, `target`; the CPU helps out where it may."""
 
     def __init__(self, target: str, threads: int, *, allow_fallback: bool = False) -> None:
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError:
+            needed = PACKAGES.get(target, "onnxruntime")
+            raise RefusalError(f"ort:{target} needs the package {needed}; pip install {needed}") from None
 
         self.threads, self.allow_fallback = threads, allow_fallback
         self.name, self.provider = f"onnxruntime {onnxruntime.__version__}", PROVIDERS[target]
@@ -802,7 +806,8 @@ def foreign_runtime(
     try:
         exec(compile(source, f"<{module.__name__}>", "exec"), vars(module))
     except ImportError as error:
-        raise RefusalError(f"{name} needs the package {error.name}; pip install {error.name}") from None
+        package = (error.name or name).partition(".")[0]
+        raise RefusalError(f"{name} needs the package {package}; pip install {package}") from None
     made: Runtime = module.ForeignRuntime(threads, options, refusal=refusal)
     return made
 
@@ -890,17 +895,19 @@ class Worker:
 
     def runtimes(self, _: Mapping[str, Any], __: bytearray) -> tuple[dict[str, Any], bytes]:
         """Answers what is installed here: the runtimes with their versions, ONNX Runtime's providers."""
-        import onnxruntime
+        present, versions = [], {}
+        with contextlib.suppress(ImportError):
+            import onnxruntime
 
-        present = onnxruntime.get_available_providers()
-        plugged = [PROVIDERS[name] for name in PLUGINS if plugin_library(name)]
-        versions = {"onnxruntime": onnxruntime.__version__}
+            present = onnxruntime.get_available_providers()
+            present += [PROVIDERS[name] for name in PLUGINS if plugin_library(name)]
+            versions["onnxruntime"] = onnxruntime.__version__
         for package in ("openvino", "torch"):
             if importlib.util.find_spec(package) is not None:
                 versions[package] = importlib.metadata.version(package)
         # importing torch to ask it would take longer than all else
         nvidia = Path("/dev/nvidiactl").exists()
-        return {"versions": versions, "providers": [*present, *plugged], "nvidia": nvidia}, b""
+        return {"versions": versions, "providers": present, "nvidia": nvidia}, b""
 
     def hello(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Settles `engine`, `runtime`, `threads`, `options` and `memory_mb`; answers what this machine is."""
@@ -1137,13 +1144,14 @@ def main() -> None:
     os.dup2(2, 1)
     # Since 1.29 the runtime writes down what is run and tells its maker, unless forbidden before it loads.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
-
-    # The runtime's exceptions share no ancestor of their own, and their list grows from version to version.
     expected: tuple[type[Exception], ...] = (RefusalError, RuntimeError, ValueError, MemoryError, OSError)
-    for kind in vars(native).values():
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            expected += (kind,)
+    with contextlib.suppress(ImportError):  # other runtimes do without it
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+        # Its exceptions share no ancestor of their own, and their list grows from version to version.
+        for kind in vars(native).values():
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                expected += (kind,)
     worker = Worker()
     while (received := _receive(requests)) is not None:
         request, blob = received

@@ -25,8 +25,12 @@ from nestling.profile import (
     file_key,
     worker,
 )
+from nestling.profile.address import parse_address
+from nestling.profile.devices import transport_to
 from nestling.profile.transport import Answer
+from nestling.profile.transport_adb import AdbProcess
 from nestling.profile.transport_local import LocalProcess
+from nestling.profile.transport_ssh import SshProcess
 
 Model = Callable[[int | str], onnx.ModelProto]
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -389,3 +393,18 @@ def worker_pid(device: WorkerDevice) -> int:
     assert isinstance(device.transport, LocalProcess)
     assert device.transport.pid is not None
     return device.transport.pid
+
+
+@pytest.mark.parametrize(
+    ("device", "modules"),
+    [
+        ("ort:cpu", ("numpy", "onnxruntime")),
+        ("openvino:cpu", ("numpy", "openvino")),
+        ("torch:cpu", ("numpy", "torch", "onnx")),
+    ],
+)
+def test_a_board_needs_its_own_runtime_alone(device: str, modules: tuple[str, ...]) -> None:
+    for line in ("ssh://board", "adb://serial"):
+        transport = transport_to(parse_address(f"{line}/{device}"))
+        assert isinstance(transport, SshProcess | AdbProcess)
+        assert transport.modules == modules

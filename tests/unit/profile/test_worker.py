@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -333,3 +336,60 @@ def test_the_worker_runs_from_its_source_alone() -> None:
     frame = worker.pack({"verb": "bye", "limit_seconds": 30}, 0)
     ended = subprocess.run([sys.executable, "-I", "-c", source], input=frame, capture_output=True, check=True)
     assert ended.stdout == worker.pack({}, 0)
+
+
+def spoken(stream: bytes) -> list[dict[str, Any]]:
+    """The JSON objects of answers without blobs."""
+    found = []
+    while stream:
+        size, _ = worker.LENGTHS.unpack(stream[:16])
+        found.append(json.loads(stream[16 : 16 + size]))
+        stream = stream[16 + size :]
+    return found
+
+
+RUNTIME = b"""
+class ForeignRuntime:
+    def __init__(self, threads, options, *, refusal):
+        self.name = f"mine on {options['target']}"
+
+    def facts(self):
+        return {"int8_saturates": False}
+"""
+"""A runtime that says who it is."""
+
+
+def test_other_runtimes_do_without_onnxruntime() -> None:
+    about = {"runtime": "cpu", "threads": 1, "limit_seconds": 30}
+    requests = [
+        ({"verb": "hello", "engine": "mine", **about}, RUNTIME),
+        ({"verb": "hello", "engine": "torch", **about}, b"import no_such.part"),
+        ({"verb": "hello", "engine": "ort", **about}, b""),
+        ({"verb": "runtimes", "limit_seconds": 30}, b""),
+        ({"verb": "bye", "limit_seconds": 30}, b""),
+    ]
+    frames = b"".join(worker.pack(request, len(blob)) + blob for request, blob in requests)
+    source = "import sys; sys.modules['onnxruntime'] = None\n" + Path(worker.__file__).read_text().replace(
+        "from __future__ import annotations", ""
+    )
+    source = f"from __future__ import annotations\n{source}"
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", source], input=frames, capture_output=True, check=True
+    )
+    mine, lacking, ours, runtimes, _ = spoken(ended.stdout)
+    assert mine["runtime"] == "mine on cpu"
+    assert lacking == {"refused": "torch needs the package no_such; pip install no_such"}
+    assert ours == {"refused": "ort:cpu needs the package onnxruntime; pip install onnxruntime"}
+    assert runtimes["providers"] == []
+    assert "onnxruntime" not in runtimes["versions"]
+
+
+@pytest.mark.parametrize("name", ["worker", "torch_runtime", "openvino_runtime"])
+def test_what_runs_on_boards_is_written_for_python_3_9(name: str) -> None:
+    source = Path(worker.__file__).with_name(f"{name}.py").read_text()
+    newer = {"strict", "slots", "kw_only"}  # of zip and of dataclass
+    for node in ast.walk(ast.parse(source, feature_version=(3, 9))):
+        assert not isinstance(node, ast.Match)
+        if isinstance(node, ast.Call):
+            assert not newer & {keyword.arg for keyword in node.keywords}, f"{name}.py, line {node.lineno}"
+            assert "pairwise" not in ast.unparse(node.func), f"{name}.py, line {node.lineno}"
