@@ -242,6 +242,8 @@ class Roster:
                 taken = board.device.calibrate(seconds=CALIBRATION_SECONDS)
         except (DeviceError, StoreError) as error:
             return str(error)
+        except Exception as error:  # one board must not end the pool or its own probing, whatever it answers
+            return f"{board.name}: {type(error).__name__}: {error}"
         return Calibration(taken.fingerprint, float(np.median(taken.reference_seconds)) * 1e3)
 
     def _judge(self, board: Board, visit: Calibration | str, settled: DeviceClass) -> None:

@@ -158,7 +158,7 @@ class AdbProcess:
             except TimeoutError:
                 raise LineLostError(f"{self.place} does not answer within {CONNECT_SECONDS:.0f} s") from None
             if line.startswith(GREETING):
-                return parse_greeting(line)
+                return parse_greeting(line, where=str(self.place))
             heard += len(line)
             if not line:
                 status, words = shell.ended()

@@ -58,7 +58,7 @@ _LAUNCH = (
     "os.chdir(os.path.dirname(sys.argv[1])); "
     'runpy.run_path(sys.argv[1], run_name="__main__")'
 )
-_FOLDER = re.compile(r"/[A-Za-z0-9/._-]*nestling-worker\.[A-Za-z0-9]+")
+_FOLDER = re.compile(r"/[A-Za-z0-9/._+-]*nestling-worker\.[A-Za-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +98,29 @@ def remove_command(folder: str) -> str:
     return shlex.join(["sh", "-c", _REMOVE, "sh", folder])
 
 
-def parse_greeting(line: bytes) -> Lodging:
+def parse_greeting(line: bytes, *, where: str) -> Lodging:
     """What a board said before it waits for `GO`.
 
     Raises:
-        ValueError: this is no greeting.
+        DeviceError: this is no greeting, or its folder's name holds what a shell may take for something else.
     """
-    words = line.decode(errors="replace").strip().split(" ", 2)
-    if len(words) != 3 or not _FOLDER.fullmatch(words[1]):
-        raise ValueError(f"{line[:200]!r}")
-    said = json.loads(words[2])
-    return Lodging(words[1], tuple(said["python"]), tuple(said["missing"]))
+    greeting = f"{where} greeted with {line[:300].decode(errors='replace').strip()!r}"
+    matched = re.fullmatch(
+        r"(.*?nestling-worker\.[A-Za-z0-9]+) (\{.*\})", line[len(GREETING) :].decode(errors="replace").strip()
+    )
+    if matched is None:
+        raise DeviceError(f"{greeting}, which names no folder and no Python")
+    folder = matched[1]
+    if not _FOLDER.fullmatch(folder):
+        raise DeviceError(
+            f"{greeting}; its folder {folder!r} must be a path from / of letters, digits and ._+- alone: "
+            "set TMPDIR to such a one there"
+        )
+    try:
+        said = json.loads(matched[2])
+        return Lodging(folder, tuple(map(int, said["python"])), tuple(map(str, said["missing"])))
+    except (ValueError, KeyError, TypeError):
+        raise DeviceError(f"{greeting}, which does not tell its Python") from None
 
 
 def check_python(lodging: Lodging, python: str, *, where: str) -> None:

@@ -357,7 +357,7 @@ async def _greeted(place: SshPlace, process: asyncssh.SSHClientProcess[bytes]) -
         line = await process.stdout.readline()
         heard += len(line)
         if line.startswith(GREETING):
-            return parse_greeting(line)
+            return parse_greeting(line, where=str(place))
         if not line:
             await process.wait_closed()
             words = await process.stderr.read(STDERR_KEPT)

@@ -52,12 +52,16 @@ class FakeBoard:
         self.running = False
         self.starts = self.timed = self.most_at_once = 0
         self.unreachable = False
+        self.nonsense: Exception | None = None
+        """What starting it raises, though no transport should."""
         self.gate: threading.Event | None = None
         self._now = 0
 
     def start(self) -> None:
         if self.unreachable:
             raise LineLostError("the board does not answer")
+        if self.nonsense is not None:
+            raise self.nonsense
         self.running = True
         self.starts += 1
 
@@ -339,6 +343,25 @@ def test_a_board_that_cannot_be_reached_at_first_does_not_stop_the_others(
     assert told == ["ssh://0/ort:cpu?threads=1 is set aside: the board does not answer"]
     with pytest.raises(DeviceError, match="no board can be used: the board does not answer; the board does"):
         make(gone, gone).start()
+
+
+def test_a_board_that_answers_nonsense_is_set_aside_and_probed_again(
+    make: Made, tmp_path: Path, clock: Clock, told: list[str]
+) -> None:
+    odd = FakeBoard()
+    odd.nonsense = KeyError("cpu")
+    pool = make(odd, FakeBoard())
+    assert pool.fingerprint.cpu == "A CPU"
+    assert told == ["ssh://0/ort:cpu?threads=1 is set aside: ssh://0/ort:cpu?threads=1: KeyError: 'cpu'"]
+    odd.nonsense = ValueError("a probe's")
+    first, second = files(tmp_path, 2)
+    clock.now += FIRST_REST
+    pool.measure(first)
+    wait_for(lambda: len(told) == 2)
+    odd.nonsense = None
+    clock.now += 2 * FIRST_REST
+    pool.measure(second)
+    wait_for(lambda: not pool.aside)
 
 
 def test_a_pool_that_stays_without_boards_ends_the_search_with_the_causes(

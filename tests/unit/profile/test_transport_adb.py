@@ -17,6 +17,7 @@ from nestling.profile import DeviceError, WorkerLostError
 from nestling.profile.address import AdbPlace
 from nestling.profile.transport import LineLostError
 from nestling.profile.transport_adb import AdbProcess
+from nestling.profile.transport_remote import Lodging, parse_greeting
 
 NOTHING: dict[str, Any] = {"verb": "drop", "limit_seconds": 30}
 
@@ -132,3 +133,45 @@ def test_what_is_run_is_one_quoted_word(adb: Path, tmp_path: Path) -> None:
     with pytest.raises(DeviceError):
         transport.start()
     assert not (tmp_path / "canary").exists()
+
+
+LOOKED = '{"python": [3, 9, 2], "missing": ["onnx"]}'
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/data/c++/17_a.b-c"])
+def test_a_greeting_tells_folder_and_python(folder: str) -> None:
+    line = f"nestling-worker {folder}/nestling-worker.aB3 {LOOKED}\n".encode()
+    lodging = parse_greeting(line, where="adb://here")
+    assert lodging == Lodging(f"{folder}/nestling-worker.aB3", (3, 9, 2), ("onnx",))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            f"/a phone/nestling-worker.aB3 {LOOKED}",
+            "its folder '/a phone/nestling-worker.aB3' must be a path",
+        ),
+        (f"tmp/nestling-worker.aB3 {LOOKED}", "set TMPDIR to such a one there"),
+        (f"/tmp;reboot/nestling-worker.aB3 {LOOKED}", "must be a path"),
+        ("is not known here", "which names no folder"),
+        ("/tmp/nestling-worker.aB3 {3.9}", "does not tell its Python"),
+        ('/tmp/nestling-worker.aB3 {"python": [3, "x"], "missing": []}', "does not tell its Python"),
+        ('/tmp/nestling-worker.aB3 {"python": [3, 9]}', "does not tell its Python"),
+    ],
+)
+def test_a_greeting_that_cannot_be_read_is_shown(said: str, why: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        parse_greeting(f"nestling-worker {said}\n".encode(), where="adb://here")
+    assert str(caught.value).startswith(f"adb://here greeted with {f'nestling-worker {said}'!r}")
+    assert why in str(caught.value)
+
+
+def test_a_folder_with_a_space_is_refused_and_left_empty(adb: Path, tmp_path: Path) -> None:
+    phone = tmp_path / "a phone"
+    phone.mkdir()
+    made = AdbProcess(AdbPlace("here", sys.executable), adb=str(adb), temporary=str(phone))
+    with pytest.raises(DeviceError, match="a phone/nestling-worker"):
+        made.start()
+    assert not made.running
+    wait_for(lambda: not list(phone.iterdir()))
