@@ -69,6 +69,8 @@ class Conditions:
     """Pairs of calls that other programs interrupted, and that are not among the times."""
     interrupted: float | None = None
     """The part of the pairs among the times that were interrupted: above 0 where few were not."""
+    missed: float | None = None
+    """Pairs that the least number of them lacks, because half of the time limit was gone."""
     stolen: float | None = None
     """The part that the hypervisor gave to other machines."""
     others: float | None = None
@@ -202,6 +204,8 @@ class Measurement:
             reasons.append("there is only one time")
         elif drift > WIDEST_DRIFT:
             reasons.append(f"the reference model was {drift:.0%} slower in one half than in the other")
+        if told.missed:
+            reasons.append(f"half of the time limit was gone after {len(self.seconds)} pairs of calls")
         if told.interrupted is not None and told.interrupted > MOST_INTERRUPTED:
             reasons.append(f"other programs interrupted {told.interrupted:.0%} of the pairs")
         if told.stolen is not None and told.stolen > MOST_STOLEN:

@@ -87,6 +87,8 @@ WARM_UP_LEAST, WARM_UP_MOST = 3, 50
 """Pairs of calls before timing begins."""
 PRIMING_CALLS, PRIMING_SECONDS = 8, 0.010
 """Untimed calls ahead of a timed one: at most so many, none begun after so long."""
+UNPRIMED_SECONDS = 0.100
+"""None at all ahead of a call that took longer the last time: what it finds in the caches is little to it."""
 LEAST_PAIRS, TRUSTED_PAIRS, MOST_PAIRS = 10, 30, 2000
 """Pairs timed whatever the budget; before a tight interval is believed; at most."""
 INTERRUPTED = 0.02
@@ -145,6 +147,7 @@ def interleave(
     *,
     seconds: float,
     tolerance: float,
+    limit_seconds: float = float("inf"),
     clock: Callable[[], int] = time.perf_counter_ns,
     timer: Callable[[Callable[[], object]], int] | None = None,
     waited: Callable[[], int] = lambda: 0,
@@ -155,12 +158,14 @@ def interleave(
     without that the other model's leavings in the caches made a 0.26 ms network look 2.6 times slower and a
     1.8 ms one 1.2 times slower than it is by itself. A pair of which one call was interrupted by other
     programs says nothing of the models and is left out. Ends when half the 95 % interval of the median ratio
-    is within `tolerance` of it, or when `seconds` have passed since the warm-up.
+    is within `tolerance` of it, or when `seconds` have passed since the warm-up and there are ten pairs; with
+    fewer once half of `limit_seconds` is gone.
 
     Args:
         candidate, reference: what is timed.
         seconds: the longest that timing may take.
         tolerance: a part of the ratio.
+        limit_seconds: after which the answer would come too late.
         clock: nanoseconds.
         timer: runs a call and gives its nanoseconds; by `clock` where it is None.
         waited: nanoseconds that this process was ready to run and was not let run, counted from any moment.
@@ -172,23 +177,26 @@ def interleave(
             call()
             return clock() - begun
 
-    _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
+    half_time = clock() + limit_seconds * 5e8
+    last = _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
     clean, spoilt = Timed([], []), Timed([], [])
     end, check, first = clock() + int(seconds * 1e9), TRUSTED_PAIRS, 0
     while (total := len(clean.candidate) + len(spoilt.candidate)) < MOST_PAIRS:
         pair, interrupted = [0, 0], False
         for turn in (first, 1 - first):
             call = (candidate, reference)[turn]
-            _prime(call, clock)
+            if last[turn] <= UNPRIMED_SECONDS * 1e9:
+                _prime(call, clock)
             before = waited()
-            pair[turn] = timer(call)
+            last[turn] = pair[turn] = timer(call)
             interrupted |= waited() - before > INTERRUPTED * pair[turn]
         first = 1 - first
         kept = spoilt if interrupted else clean
         kept.candidate.append(pair[0])
         kept.reference.append(pair[1])
         count = len(clean.candidate)
-        if total + 1 >= LEAST_PAIRS and clock() >= end:
+        now = clock()
+        if now >= half_time or (total + 1 >= LEAST_PAIRS and now >= end):
             break
         if count >= check and not interrupted:
             low, middle, high = median_interval(np.array(clean.candidate) / np.array(clean.reference))
@@ -210,19 +218,25 @@ def _warm_up(
     *,
     seconds: float,
     clock: Callable[[], int],
-) -> None:
-    """Calls both until neither has become over 2 % faster in three pairs, or `seconds` have passed."""
+) -> list[int]:
+    """Calls both until neither has become over 2 % faster in three pairs, or `seconds` have passed.
+
+    Returns:
+        The nanoseconds of the last call of each.
+    """
+    last = [0, 0]
     end, best, patience = clock() + int(seconds * 1e9), [float("inf")] * 2, WARM_UP_LEAST
     for _ in range(WARM_UP_MOST):
         patience -= 1
         for index, call in enumerate((candidate, reference)):
             begun = clock()
             call()
-            taken = clock() - begun
+            taken = last[index] = clock() - begun
             if taken < 0.98 * best[index]:
                 best[index], patience = taken, WARM_UP_LEAST
         if patience <= 0 or clock() >= end:
-            return
+            break
+    return last
 
 
 def _prime(call: Callable[[], object], clock: Callable[[], int]) -> None:
@@ -532,6 +546,12 @@ def _numbers(path: Path, position: int = 0) -> list[float]:
         return [float("".join(_lines(path)).split()[position])]
     except (IndexError, ValueError):
         return []
+
+
+def volunteer(*, folder: Path = Path("/proc/self")) -> None:
+    """Has the system end this process, and not the search beside it, where the machine's memory runs out."""
+    with contextlib.suppress(OSError):
+        (folder / "oom_score_adj").write_text("1000")
 
 
 def limit_memory(megabytes: int) -> None:
@@ -969,6 +989,7 @@ class Worker:
                     reference.run,
                     seconds=request["seconds"],
                     tolerance=request["tolerance"],
+                    limit_seconds=request["limit_seconds"],
                     timer=self._settled().timer(),
                     waited=waits.nanoseconds,
                 )
@@ -980,6 +1001,8 @@ class Worker:
             told["peak_bytes"] = max(_memory("VmHWM") - resident, 0)
         count = len(timed.candidate)
         told |= {"left_out": timed.left_out, "interrupted": timed.interrupted / count}
+        if count < LEAST_PAIRS:
+            told["missed"] = LEAST_PAIRS - count
         times = np.array((timed.candidate, timed.reference), dtype="<i8")
         return {"count": count, "conditions": told}, times.tobytes()
 
@@ -1142,6 +1165,7 @@ def main() -> None:
     # What native code prints must not land between frames, nor may it eat a request.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    volunteer()
     # Since 1.29 the runtime writes down what is run and tells its maker, unless forbidden before it loads.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     expected: tuple[type[Exception], ...] = (RefusalError, RuntimeError, ValueError, MemoryError, OSError)

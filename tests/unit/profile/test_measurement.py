@@ -83,6 +83,7 @@ def test_a_wide_interval_makes_it_unstable(measured: Measured) -> None:
         (Conditions(interrupted=0.3), "other programs interrupted 30% of the pairs"),
         (Conditions(stolen=0.2), "other machines of the host had the core for 20% of the time"),
         (Conditions(throttled=2), "the processor slowed itself down 2 times"),
+        (Conditions(missed=4), "half of the time limit was gone after 30 pairs of calls"),
     ],
 )
 def test_a_busy_or_hot_machine_makes_it_unstable_and_is_named(

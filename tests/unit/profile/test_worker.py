@@ -19,6 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nestling.profile import WorkerDevice, worker
+from nestling.profile.transport_local import LocalProcess
 from nestling.profile.worker import RefusalError, interleave, messages, refuse_external_data
 
 
@@ -89,6 +90,38 @@ def test_warming_up_lasts_while_calls_become_faster() -> None:
     costs = itertools.chain([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0], itertools.repeat(1.0))
     candidate, _ = FakeMachine(lambda: next(costs), lambda: 1.0).measure(seconds=1.0, tolerance=0.01)
     assert set(candidate) == {1_000_000}
+
+
+@pytest.mark.parametrize(("call_ms", "pairs"), [(5_000.0, worker.LEAST_PAIRS), (13_000.0, 4), (70_000.0, 1)])
+def test_a_slow_file_is_timed_without_priming_until_half_of_the_limit(call_ms: float, pairs: int) -> None:
+    machine = FakeMachine(lambda: call_ms, lambda: 1.0)
+    timed = interleave(
+        machine.call("c"),
+        machine.call("r"),
+        seconds=1.5,
+        tolerance=0.01,
+        limit_seconds=115.0,
+        clock=machine.clock,
+    )
+    assert len(timed.candidate) == len(timed.reference) == pairs
+    assert machine.calls.count("c") == 1 + pairs
+
+
+def test_a_file_that_missed_pairs_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = worker.Worker()
+    asked.load({"model": "m"}, bytearray(tiny.read_bytes()))
+    monkeypatch.setattr(worker, "LEAST_PAIRS", 500)
+    request = {"model": "m", "reference": "m", "seconds": 1e-3, "tolerance": 1e-9, "limit_seconds": 1e-9}
+    answer, times = asked.time(request, bytearray())
+    assert answer["count"] == 1
+    assert len(times) == 16
+    assert answer["conditions"]["missed"] == 499
+
+
+def test_the_worker_goes_first_where_memory_runs_out(cpu: WorkerDevice) -> None:
+    cpu.start()
+    assert isinstance(cpu.transport, LocalProcess)
+    assert Path(f"/proc/{cpu.transport.pid}/oom_score_adj").read_text().strip() == "1000"
 
 
 def external(model: onnx.ModelProto, name: str, *, inside: str) -> onnx.ModelProto:
