@@ -23,6 +23,8 @@ MOST_INTERRUPTED = 0.05
 A file that takes longer than the system's turns is interrupted more often than a short reference model, so
 the ratio is off, however tight its interval.
 """
+WIDEST_SLOWDOWN = 0.10
+"""So does a clock that was slower at the end than at the beginning by more than this part."""
 MOST_STOLEN = 0.05
 """So does a part that the hypervisor gave to other machines."""
 
@@ -81,6 +83,8 @@ class Conditions:
     """The machine's load average of a minute."""
     throttled: float | None = None
     """How often the processor slowed itself down, for heat or power."""
+    curbed: float | None = None
+    """How often the worker's control group had used up its share of the processor, and had to wait."""
     celsius_before: float | None = None
     celsius: float | None = None
     """The hottest sensor, at the end."""
@@ -212,6 +216,12 @@ class Measurement:
             reasons.append(f"other machines of the host had the core for {told.stolen:.0%} of the time")
         if told.throttled:
             reasons.append(f"the processor slowed itself down {told.throttled:.0f} times")
+        if told.curbed:
+            reasons.append(
+                f"its control group had used up its share of the processor {told.curbed:.0f} times"
+            )
+        if told.mhz and told.mhz_before and told.mhz < (1 - WIDEST_SLOWDOWN) * told.mhz_before:
+            reasons.append(f"the processor's clock fell from {told.mhz_before:.0f} to {told.mhz:.0f} MHz")
         return tuple(reasons)
 
     def to_json(self) -> str:

@@ -382,7 +382,8 @@ def cpu_instructions() -> list[str]:
 def pin(threads: int) -> list[int]:
     """The cores that this process is kept to from now on, the idlest `threads`; none where the system cannot.
 
-    One hardware thread of a core is taken before its sibling is.
+    The fastest kind of core is taken before slower ones, so that each worker of a machine has the same; one
+    hardware thread of a core before its sibling is.
 
     Raises:
         RefusalError: fewer cores than threads.
@@ -398,10 +399,42 @@ def pin(threads: int) -> list[int]:
     time.sleep(0.1)
     after = _ticks()
     busy = {core: after.get(core, (0, 0))[0] - before.get(core, (0, 0))[0] for core in allowed}
-    order = sorted(allowed, key=lambda core: (_sibling_rank(core), busy[core], -core))
+    kinds = core_kinds()
+    order = sorted(allowed, key=lambda core: (kinds.get(core, 0), _sibling_rank(core), busy[core], -core))
     cores = sorted(order[:threads])
     os.sched_setaffinity(0, cores)
     return cores
+
+
+CORE_KINDS_APART = 0.9
+"""A core is of a slower kind if it has less than this part of what the fastest of the kind before it has."""
+
+
+def core_kinds(*, root: Path = Path("/")) -> dict[int, int]:
+    """The kind of each core, 0 the fastest: big and little ones, where the machine tells of such."""
+    cpus = root / "sys/devices/system/cpu"
+    speeds: dict[int, float] = {}
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        if not speeds:
+            found = {int(path.name[3:]): _numbers(path / name) for path in cpus.glob("cpu[0-9]*")}
+            speeds = {core: numbers[0] for core, numbers in found.items() if numbers}
+    kinds: dict[int, int] = {}
+    kind, fastest = 0, 0.0
+    for core, speed in sorted(speeds.items(), key=lambda one: -one[1]):
+        if not kinds:
+            fastest = speed
+        elif speed < CORE_KINDS_APART * fastest:
+            kind, fastest = kind + 1, speed
+        kinds[core] = kind
+    return kinds
+
+
+def cores_used(cores: Sequence[int], *, root: Path = Path("/")) -> str:
+    """Which kinds of core these are, such as `, cores of kind 1 of 2`; nothing where all are of one kind."""
+    kinds = core_kinds(root=root)
+    count = len(set(kinds.values()))
+    used = sorted({kinds[core] + 1 for core in cores if core in kinds})
+    return f", cores of kind {' and '.join(map(str, used))} of {count}" if count > 1 and used else ""
 
 
 def _sibling_rank(core: int) -> int:
@@ -433,7 +466,8 @@ def readings(cores: Sequence[int], *, root: Path = Path("/")) -> dict[str, float
 
     Counters: `at`, seconds; `waited`, seconds that this process was ready to run and did not; `switches`,
     times that it was made to leave a core; `stolen`, seconds that the hypervisor kept the cores; `others`,
-    seconds that the machine's other cores worked; `throttled`, times that the processor slowed itself down.
+    seconds that the machine's other cores worked; `throttled`, times that the processor slowed itself down;
+    `curbed`, times that a control group of this process had used up its share of the processor.
     States: `load`; `celsius`, the hottest sensor; `mhz`, the slowest of the cores.
     """
     told = {"at": time.monotonic()}
@@ -454,6 +488,9 @@ def readings(cores: Sequence[int], *, root: Path = Path("/")) -> dict[str, float
     slowed = [_numbers(path) for path in counts]
     if any(slowed):
         told["throttled"] = sum(sum(found) for found in slowed)
+    held_back = curbed(root=root)
+    if held_back is not None:
+        told["curbed"] = held_back
     sensors = ("sys/class/thermal/thermal_zone*/temp", "sys/class/hwmon/*/temp*_input")
     heats = [number for pattern in sensors for path in root.glob(pattern) for number in _numbers(path)]
     if heats:
@@ -462,6 +499,23 @@ def readings(cores: Sequence[int], *, root: Path = Path("/")) -> dict[str, float
     if speeds:
         told["mhz"] = min(speeds) / 1e3
     return told
+
+
+def curbed(*, root: Path = Path("/")) -> float | None:
+    """How often control groups of this process were made to wait for their share; None where none tells."""
+    found: list[float] = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        inner = top / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder != top and top not in folder.parents:
+                break
+            told = (one.split() for one in _lines(folder / "cpu.stat"))
+            found += [float(words[1]) for words in told if words[:1] == ["nr_throttled"]]
+    return sum(found) if found else None
 
 
 class Waits:
@@ -504,7 +558,7 @@ def between(before: Mapping[str, float], after: Mapping[str, float], *, cores: i
     for name, whole in (("waited", max(cores, 1)), ("stolen", max(cores, 1)), ("others", 1)):
         if name in before and name in after:
             told[name] = max(after[name] - before[name], 0.0) / seconds / whole
-    for name in ("switches", "throttled"):
+    for name in ("switches", "throttled", "curbed"):
         if name in before and name in after:
             told[name] = after[name] - before[name]
     return told
@@ -942,7 +996,7 @@ class Worker:
             described = {**options, "target": target, "instructions": cpu_instructions()}
             self.runtime = foreign_runtime(bytes(blob), engine, threads, described, refusal=RefusalError)
         return {
-            "cpu": cpu_model(),
+            "cpu": cpu_model() + cores_used(self.cores),
             "instructions": cpu_instructions(),
             "cores": os.cpu_count(),
             "pinned": self.cores,

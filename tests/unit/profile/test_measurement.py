@@ -83,6 +83,11 @@ def test_a_wide_interval_makes_it_unstable(measured: Measured) -> None:
         (Conditions(interrupted=0.3), "other programs interrupted 30% of the pairs"),
         (Conditions(stolen=0.2), "other machines of the host had the core for 20% of the time"),
         (Conditions(throttled=2), "the processor slowed itself down 2 times"),
+        (
+            Conditions(curbed=3),
+            "its control group had used up its share of the processor 3 times",
+        ),
+        (Conditions(mhz_before=2000, mhz=1700), "the processor's clock fell from 2000 to 1700 MHz"),
         (Conditions(missed=4), "half of the time limit was gone after 30 pairs of calls"),
     ],
 )
@@ -94,7 +99,17 @@ def test_a_busy_or_hot_machine_makes_it_unstable_and_is_named(
 
 
 def test_a_machine_whose_interruptions_were_left_out_is_not_unstable(measured: Measured) -> None:
-    told = Conditions(waited=0.9, left_out=400, interrupted=0.0, load=8.0, stolen=0.01, throttled=0)
+    told = Conditions(
+        waited=0.9,
+        left_out=400,
+        interrupted=0.0,
+        load=8.0,
+        stolen=0.01,
+        throttled=0,
+        curbed=0,
+        mhz_before=2000,
+        mhz=1900,
+    )
     assert not dataclasses.replace(measured(*([3.0] * 30)), conditions=told).unstable
 
 

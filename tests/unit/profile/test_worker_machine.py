@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from nestling.profile import worker
-from nestling.profile.worker import Input, RefusalError, Waits, between, interleave, joules, made_up, readings
+from nestling.profile.worker import (
+    Input,
+    RefusalError,
+    Waits,
+    between,
+    core_kinds,
+    cores_used,
+    interleave,
+    joules,
+    made_up,
+    readings,
+)
 
 
 def write(path: Path, text: str) -> None:
@@ -182,3 +193,41 @@ class ForeignRuntime:
     assert vars(made) == {"threads": 2, "options": {"dtype": "f32"}, "refusal": RefusalError}
     with pytest.raises(RefusalError, match="two at most"):
         worker.foreign_runtime(source, "odd", 3, {}, refusal=RefusalError)
+
+
+@pytest.mark.parametrize(
+    ("name", "speeds", "kinds"),
+    [
+        ("cpu_capacity", [446, 1024, 446, 1024, 871], [2, 0, 2, 0, 1]),
+        ("cpufreq/cpuinfo_max_freq", [5_300_000, 5_200_000, 3_800_000], [0, 0, 1]),
+        ("cpu_capacity", [1024, 1000, 900], [0, 0, 1]),
+        ("cpufreq/cpuinfo_max_freq", [2_000_000, 2_000_000], [0, 0]),
+        ("nothing", [1, 2], []),
+    ],
+)
+def test_cores_of_like_speed_are_of_one_kind(
+    name: str, speeds: list[int], kinds: list[int], tmp_path: Path
+) -> None:
+    for core, speed in enumerate(speeds):
+        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/{name}", str(speed))
+    write(tmp_path / "sys/devices/system/cpu/cpufreq/boost", "1")
+    assert core_kinds(root=tmp_path) == dict(enumerate(kinds))
+
+
+def test_the_kind_of_core_is_named_only_where_there_are_several(tmp_path: Path, board: Path) -> None:
+    assert cores_used([0], root=board) == ""
+    for core, capacity in enumerate((446, 1024, 446)):
+        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/cpu_capacity", str(capacity))
+    assert cores_used([1], root=tmp_path) == ", cores of kind 1 of 2"
+    assert cores_used([0, 1, 2], root=tmp_path) == ", cores of kind 1 and 2 of 2"
+
+
+def test_a_group_and_those_around_it_tell_how_often_they_were_held_back(tmp_path: Path) -> None:
+    write(tmp_path / "proc/self/cgroup", "3:memory:/x\n2:cpu,cpuacct:/old\n0::/outer/inner\n")
+    write(tmp_path / "sys/fs/cgroup/outer/inner/cpu.stat", "usage_usec 5\nnr_periods 9\nnr_throttled 2\n")
+    write(tmp_path / "sys/fs/cgroup/outer/cpu.stat", "nr_throttled 30\n")
+    write(tmp_path / "sys/fs/cgroup/cpu,cpuacct/old/cpu.stat", "nr_throttled 400\n")
+    write(tmp_path / "sys/fs/cgroup/memory/x/cpu.stat", "nr_throttled 5000\n")
+    assert readings([], root=tmp_path)["curbed"] == 432
+    told = between({"at": 0.0, "curbed": 430.0}, {"at": 1.0, "curbed": 432.0}, cores=1)
+    assert told["curbed"] == 2
