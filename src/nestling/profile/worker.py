@@ -564,20 +564,50 @@ def between(before: Mapping[str, float], after: Mapping[str, float], *, cores: i
     return told
 
 
-def joules(*, root: Path = Path("/")) -> dict[str, float]:
-    """The machine's counters of energy by name: processor packages and their memory, sensors of boards.
+MOST_WATTS, UPDATE_JOULES = 1000.0, 10.0
+"""No counter grows faster, but for what one update of it may hold: one that did was set back."""
 
-    A zone within a package's, other than memory, is part of that one's figure and left out.
+
+def joules(*, root: Path = Path("/")) -> dict[str, tuple[float, float]]:
+    """The machine's counters of energy by name, and the joules after which each begins anew: 0 for never.
+
+    They are those of processor packages and their memory, and of sensors of boards. A zone within a
+    package's, other than memory, is part of that one's figure and left out; so are `psys`, of which packages
+    are a part, and `intel-rapl-mmio`, the same packages once more.
     """
-    told: dict[str, float] = {}
-    for folder in [*root.glob("sys/class/powercap/*:*"), *root.glob("sys/class/hwmon/hwmon*")]:
+    told: dict[str, tuple[float, float]] = {}
+    for folder in root.glob("sys/class/powercap/*:*"):
         name = "".join(_lines(folder / "name")).strip()
-        if folder.name.count(":") > 1 and name != "dram":
+        nested = folder.name.count(":") > 1 and name != "dram"
+        if nested or name.startswith("psys") or folder.name.startswith("intel-rapl-mmio"):
             continue
-        for path in [folder / "energy_uj", *folder.glob("energy*_input")]:
-            for microjoules in _numbers(path):
-                told[f"{name} {folder.name}"] = told.get(f"{name} {folder.name}", 0.0) + microjoules / 1e6
+        count, most = _numbers(folder / "energy_uj"), _numbers(folder / "max_energy_range_uj")
+        if count:
+            told[f"{name} {folder.name}"] = count[0] / 1e6, sum(most) / 1e6
+    for folder in root.glob("sys/class/hwmon/hwmon*"):
+        counts = [_numbers(path) for path in folder.glob("energy*_input")]
+        if any(counts):
+            name = "".join(_lines(folder / "name")).strip()
+            told[f"{name} {folder.name}"] = sum(sum(found) for found in counts) / 1e6, 0.0
     return told
+
+
+def used_joules(
+    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]], *, seconds: float
+) -> dict[str, float]:
+    """What each counter grew by in `seconds`, also where it began anew once.
+
+    Those that vanished, were set back, or may have begun anew more than once tell nothing.
+    """
+    used, most = {}, MOST_WATTS * seconds
+    for name, (was, range_joules) in before.items():
+        if name not in after or (range_joules and most >= range_joules):
+            continue
+        grown = after[name][0] - was
+        grown += range_joules if grown < 0 else 0.0
+        if 0 <= grown <= most + UPDATE_JOULES:
+            used[name] = grown
+    return used
 
 
 def forget_peak(*, folder: Path = Path("/proc/self")) -> int | None:
@@ -1062,16 +1092,20 @@ class Worker:
 
     def energy(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs `model` alone for `seconds`; answers the joules that each counter of the machine grew by."""
-        run = self._model(request["model"]).run
-        run()
+        run, timer = self._model(request["model"]).run, self._settled().timer()
+
+        def call() -> None:
+            # a timer waits for the end of what a call only begins
+            _ = run() if timer is None else timer(run)
+
+        call()
         before, begun, calls = joules(), time.monotonic(), 0
         while before and time.monotonic() < begun + request["seconds"]:
-            run()
+            call()
             calls += 1
-        after = joules()
-        # a counter that went around, or vanished, tells nothing
-        used = {name: after[name] - was for name, was in before.items() if after.get(name, -1.0) >= was}
-        return {"calls": calls, "seconds": time.monotonic() - begun, "joules": used}, b""
+        after, seconds = joules(), time.monotonic() - begun
+        used = used_joules(before, after, seconds=seconds)
+        return {"calls": calls, "seconds": seconds, "joules": used}, b""
 
     def hold(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Keeps the array in `blob` under the name `array`."""

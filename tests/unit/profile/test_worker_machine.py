@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from nestling.profile import worker
+from nestling.profile.reference import reference_model
 from nestling.profile.worker import (
     Input,
+    OrtRuntime,
     RefusalError,
     Waits,
+    Worker,
     between,
     core_kinds,
     cores_used,
@@ -19,6 +22,7 @@ from nestling.profile.worker import (
     joules,
     made_up,
     readings,
+    used_joules,
 )
 
 
@@ -39,13 +43,16 @@ def board(tmp_path: Path) -> Path:
     write(tmp_path / "sys/class/hwmon/hwmon0/temp1_input", "56500")
     write(tmp_path / "sys/class/hwmon/hwmon0/name", "sensor")
     write(tmp_path / "sys/class/hwmon/hwmon0/energy1_input", "2000000")
-    for zone, name, count in (
-        ("intel-rapl:0", "package-0", 5),
-        ("intel-rapl:0:0", "core", 3),
-        ("intel-rapl:0:1", "dram", 1),
+    for zone, name, count, most in (
+        ("intel-rapl:0", "package-0", 5, 262),
+        ("intel-rapl:0:0", "core", 3, 262),
+        ("intel-rapl:0:1", "dram", 1, 65),
+        ("intel-rapl:1", "psys", 9, 262),
+        ("intel-rapl-mmio:0", "package-0", 5, 262),
     ):
         write(tmp_path / f"sys/class/powercap/{zone}/name", name)
         write(tmp_path / f"sys/class/powercap/{zone}/energy_uj", str(count * 1_000_000))
+        write(tmp_path / f"sys/class/powercap/{zone}/max_energy_range_uj", str(most * 1_000_000))
     write(tmp_path / "proc/stat", "cpu 1\ncpu0 100 0 0 500 0 0 0 40 0 0\ncpu1 300 0 0 5 0 0 0 0 0 0\n")
     write(tmp_path / "proc/self/task/1/schedstat", "9 2000000000 3")
     write(tmp_path / "proc/self/task/2/schedstat", "9 1000000000 3")
@@ -69,10 +76,42 @@ def test_a_machine_that_tells_nothing_has_no_figures(tmp_path: Path) -> None:
 
 def test_what_is_inside_another_counter_of_energy_is_not_counted_twice(board: Path) -> None:
     assert joules(root=board) == {
-        "package-0 intel-rapl:0": 5.0,
-        "dram intel-rapl:0:1": 1.0,
-        "sensor hwmon0": 2.0,
+        "package-0 intel-rapl:0": (5.0, 262.0),
+        "dram intel-rapl:0:1": (1.0, 65.0),
+        "sensor hwmon0": (2.0, 0.0),
     }
+
+
+def test_a_counter_that_went_around_is_followed_and_one_that_was_set_back_is_left_out() -> None:
+    before = {"package": (260.0, 262.0), "sensor": (7.0, 0.0), "reset": (100.0, 65_000.0), "gone": (1.0, 0.0)}
+    after = {"package": (3.0, 262.0), "sensor": (9.0, 0.0), "reset": (0.0, 65_000.0)}
+    assert used_joules(before, after, seconds=0.1) == {"package": 5.0, "sensor": 2.0}
+    assert used_joules(before, after, seconds=0.3) == {"sensor": 2.0}  # or twice around
+    assert used_joules({"set": (7.0, 0.0)}, {"set": (3.0, 0.0)}, seconds=1.0) == {}
+
+
+def test_energy_is_that_of_calls_whose_end_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    class Lazy(OrtRuntime):
+        def timer(self) -> Callable[[Callable[[], object]], int]:  # type: ignore[override]
+            def timed(call: Callable[[], object]) -> int:
+                call()
+                ended.append(1)
+                return 1
+
+            return timed
+
+    asked = Worker()
+    asked.runtime = Lazy("cpu", 1)
+    asked.load({"model": "m"}, bytearray(reference_model()))
+    counts = iter([{"package": (1.0, 0.0)}, {"package": (1.5, 0.0)}])
+    monkeypatch.setattr(worker, "joules", lambda: next(counts))
+    before = len(ended)
+    told, _ = asked.energy({"model": "m", "seconds": 0.005}, bytearray())
+    assert told["calls"] > 0
+    assert len(ended) == before + 1 + told["calls"]  # one to warm up
+    assert told["joules"] == {"package": 0.5}
 
 
 def test_counters_become_shares_of_the_time_and_states_stay_what_they_are() -> None:
