@@ -270,3 +270,13 @@ def test_a_group_and_those_around_it_tell_how_often_they_were_held_back(tmp_path
     assert readings([], root=tmp_path)["curbed"] == 432
     told = between({"at": 0.0, "curbed": 430.0}, {"at": 1.0, "curbed": 432.0}, cores=1)
     assert told["curbed"] == 2
+
+
+@pytest.mark.parametrize("big", [0, 1])
+def test_a_big_core_is_taken_before_a_little_one(big: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[int]] = []
+    monkeypatch.setattr(worker, "core_kinds", lambda: {0: 1, 1: 1, big: 0})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: taken.append(cores))
+    assert worker.pin(1) == [big]
+    assert taken == [[big]]
