@@ -25,7 +25,7 @@ from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.turns import turn
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
-from nestling.profile import Device, DeviceError, Measurement
+from nestling.profile import Device, DeviceError, DevicePool, Measurement
 from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -381,7 +381,7 @@ def measure(
     """The latency of the file at `path`; an unstable measurement is taken again, later each time.
 
     Where all are unstable, the one whose ratio has the narrowest interval: it is still flagged. Of the
-    processes of this machine one at a time measures on a device.
+    processes of this machine one at a time measures on a device; who shares a pool's leases, on each board.
 
     Args:
         device: where.
@@ -405,6 +405,8 @@ def measure(
 
 
 def _measured(device: Device, path: Path) -> Measurement:
+    if isinstance(device, DevicePool):  # a turn would leave all its boards but one idle
+        return device.measure(path)
     with turn(device.name):
         return device.measure(path)
 

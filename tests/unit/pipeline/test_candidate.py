@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from nestling.pipeline.candidate import (
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.workbench import even_batch
 from nestling.pipeline.writing import write_file
-from nestling.profile import DeviceError, Fingerprint, Measurement, OptimizedOp, connect
+from nestling.profile import DeviceError, DevicePool, Fingerprint, Measurement, OptimizedOp, connect
 from nestling.quant import Quantized, QuantPolicy, quantize
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -121,6 +123,28 @@ def test_an_unstable_measurement_is_taken_again_later_until_it_is_stable() -> No
     assert timed(0.01) == (restless(0.01), ["net"])
     assert timed(0.2, 0.01) == (restless(0.01), ["net", 0.0, "net"])
     assert timed(0.2, 0.3, 0.01) == (restless(0.01), ["net", 0.0, "net", 3.0, "net"])
+
+
+class Boards(DevicePool):
+    """A pool in which two processes measure, each on a board of its own."""
+
+    def __init__(self, meeting: threading.Barrier) -> None:
+        self.meeting = meeting
+
+    @property
+    def name(self) -> str:
+        return "pool:ssh://a/ort:cpu,ssh://b/ort:cpu"
+
+    def measure(self, path: Path) -> Measurement:
+        self.meeting.wait(5)
+        return restless(0.01 if path == Path("net") else 1.0)
+
+
+def test_the_boards_of_a_pool_measure_at_once() -> None:
+    meeting = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as searches:
+        taken = list(searches.map(lambda _: measure(Boards(meeting), Path("net")), range(2)))
+    assert taken == [restless(0.01)] * 2
 
 
 def test_where_all_are_unstable_the_steadiest_counts_and_the_record_tells() -> None:
