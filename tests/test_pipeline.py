@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nestling import pipeline
 from nestling.config import ConfigError, RunConfig, load_config
 from nestling.models.families import family as family_of
+from nestling.pipeline import searching
 from nestling.pipeline.studies import problem
 from nestling.run import RunError
 from nestling.search import InfeasibleLimit, load_result
@@ -42,6 +44,14 @@ class Listening(pipeline.Silent):
 
     def trial(self, *_: Any) -> None:
         self.trials += 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pauses_at_the_end() -> Iterator[None]:
+    """The machine may be busy all the while, and a front that changes is a front that is exported anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching, "PAUSES_AT_END", ())
+        yield
 
 
 @pytest.fixture(scope="module")

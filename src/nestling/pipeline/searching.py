@@ -23,6 +23,7 @@ from nestling.pipeline.listening import Listener
 from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
 from nestling.pipeline.sensitivity import seeds
+from nestling.pipeline.steadying import PAUSES_AT_END, steadied
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Measurement
@@ -38,6 +39,7 @@ from nestling.search import (
     agree,
     change_limits,
     check_limits,
+    correct_trial,
     load_result,
     search,
     watch,
@@ -52,10 +54,11 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     """The result of the run's search, continued where it was stopped.
 
     Each candidate is written to a file; accuracy (on the search split) and latency are those of the file.
-    With `search.workers` above 1 as many processes of this machine search together, and this one watches.
+    With `search.workers` above 1 as many processes of this machine search together, and this one watches. In
+    the end the front's members of an unstable latency are timed again, and the front is taken anew.
 
     Raises:
-        RunError: training is not finished.
+        RunError: training is not finished, or the run was measured on another device or runtime.
         InfeasibleLimit: no network of the space can keep a limit.
         StudyUnavailable: the study's database cannot be reached.
         WorkersLost: a worker ended with an error.
@@ -70,6 +73,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     with bench.timed("search"):
         alone = bench.config.search.workers == 1
         result = (_search if alone else _watch)(bench, place, listener)
+        result = _steadied(bench, place, result, listener)
     if judged >= bench.config.search.trials:
         listener.note(
             f"all {judged} candidates were evaluated under other limits; "
@@ -211,6 +215,29 @@ def _evaluation(
         return scoring(path, resolution=candidate.resolution, costs=metrics) | metrics
 
     return evaluate
+
+
+def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Listener) -> SearchResult:
+    """The result, the unstable latencies of its front measured again and recorded."""
+    if not result.unstable:
+        return result
+    asked = problem(bench)
+
+    def time_again(trial: Trial) -> Metrics:
+        path = bench.candidate_path(trial.arch)
+        if not path.exists():  # it was of no front when the search last came to its end
+            write_candidate(bench, trial.arch, path)
+        taken = measure(bench.device, path, pauses=())
+        reference = _reference(bench, place, taken)
+        return latency_metrics(taken, reference_ms=float(reference["latency_ms"]))
+
+    def keep(trial: Trial, metrics: Metrics) -> SearchResult:
+        before = trial.metrics["latency_ms"]
+        listener.note(f"{trial.arch.key} was timed again: {metrics['latency_ms']:.4g} ms, not {before:.4g}")
+        correct_trial(asked, trial, metrics, storage=place.storage, name=place.name)
+        return load_result(asked, storage=place.storage, name=place.name)
+
+    return steadied(result, time_again=time_again, keep=keep, note=listener.note, pauses=PAUSES_AT_END)
 
 
 def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:

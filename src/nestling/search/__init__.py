@@ -1,5 +1,6 @@
 """Searching a space: objectives and limits, dominance, and the study that asks, evaluates and remembers."""
 
+from nestling.search.correcting import correct_trial
 from nestling.search.database import StudyMismatch, StudyUnavailable
 from nestling.search.guided import batch_size
 from nestling.search.limits import change_limits, parse_limits
@@ -33,6 +34,7 @@ __all__ = [
     "change_limits",
     "check_limits",
     "check_sampler",
+    "correct_trial",
     "end_with_input",
     "hypervolume",
     "load_result",

@@ -86,6 +86,11 @@ class SearchResult:
         order = costs[0] if costs else self.problem.objectives[0].name
         return tuple(sorted(best, key=lambda trial: (trial.metrics[order], trial.number)))
 
+    @cached_property
+    def unstable(self) -> tuple[Trial, ...]:
+        """The members of the front whose latency was unstable each time that it was measured."""
+        return tuple(trial for trial in self.front if trial.metrics.get("latency_unstable", 0.0) > 0)
+
 
 def spread_along_front(result: SearchResult, count: int) -> tuple[Trial, ...]:
     """At most `count` members of the result's front that lie far apart, its ends among them."""

@@ -21,6 +21,8 @@ from nestling.space import Choice
 
 CONSTRAINT = "constraints:"
 """What the names of constraints begin with among a trial's system attributes."""
+BEFORE = "metrics_before"
+"""The attribute of a trial whose metrics were taken again: what it had before, oldest first."""
 FAILED_VIOLATION = 1.0
 """The constraint of a trial without metrics: it must never count as feasible."""
 
@@ -178,6 +180,29 @@ def replace_constraints(
     ]
     if rows:
         connection.execute(sa.insert(_system), rows)
+
+
+def replace_metrics(
+    connection: sa.Connection, study: int, problem: Problem, *, before: Trial, now: Trial
+) -> None:
+    """Writes what `now` has in place of what that trial had `before`, which is kept beside it."""
+    identity = connection.execute(
+        sa.select(trials.c.trial_id).where(trials.c.study_id == study, trials.c.number == now.number)
+    ).scalar_one()
+    here = sa.and_(attributes.c.trial_id == identity, attributes.c.key == BEFORE)
+    kept = connection.execute(sa.select(attributes.c.value_json).where(here)).scalar()
+    earlier = [*json.loads(kept or "[]"), dict(before.metrics)]
+    replaced: list[tuple[sa.Table, list[dict[str, Any]]]] = [
+        (_values, _value_rows(problem, now)),
+        (attributes, _attribute_rows({"metrics": dict(now.metrics), BEFORE: earlier})),
+        (_system, _attribute_rows(_constraints(problem, now))),
+    ]
+    for table, content in replaced:
+        keyed = "objective" if table is _values else "key"
+        for row in content:
+            one = sa.and_(table.c.trial_id == identity, table.c[keyed] == row[keyed])
+            connection.execute(sa.delete(table).where(one))
+            connection.execute(sa.insert(table).values(trial_id=identity, **row))
 
 
 def user_attributes(trial: Trial) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import pytest
 from nestling.config import load_config
 from nestling.models.graph import Untraceable
 from nestling.pipeline import racing, searching
-from nestling.pipeline.searching import _evaluation, _seeds
-from nestling.pipeline.studies import study_place
+from nestling.pipeline.searching import _evaluation, _seeds, _steadied
+from nestling.pipeline.studies import problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run
-from nestling.search import EvaluationFailed
+from nestling.search import EvaluationFailed, search
 from nestling.train.evaluate import Accuracy
 
 TESTS = Path(__file__).parents[2]
@@ -61,3 +61,28 @@ def test_only_networks_that_cannot_be_quantized_have_no_seeds(
     else:
         assert _seeds(bench, listener) == []
         assert told == ["no archs by sensitivity: because"]
+
+
+def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    vars(bench)["device"] = None
+    place, asked = study_place(bench), problem(bench)
+    unstable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 1.0}
+    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | unstable
+    result = search(asked, lambda _: metrics, storage=place.storage, name=place.name, trials=1)
+    [trial] = result.front
+    written: list[Path] = []
+    monkeypatch.setattr(searching, "write_candidate", lambda _bench, _arch, path: written.append(path))
+    taken = SimpleNamespace(ratio=2.0, unstable=False)
+    monkeypatch.setattr(searching, "measure", lambda *_, **__: taken)
+    monkeypatch.setattr(searching, "_reference", lambda *_: {"latency_ms": 3.0})
+    told: list[str] = []
+    listener: Any = SimpleNamespace(note=told.append)
+    found = _steadied(bench, place, result, listener)
+    assert written == [bench.candidate_path(trial.arch)]
+    assert found.unstable == ()
+    assert found.trials[0].metrics["latency_ms"] == 6.0
+    assert found.trials == searched(bench).trials
+    assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1"]

@@ -1,0 +1,48 @@
+"""The end of a search: members of its front whose latency is unstable are timed again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from nestling.search import EvaluationFailed, Metrics, SearchResult, Trial
+
+PAUSES_AT_END = (0.0, 3.0, 6.0)
+"""Seconds before each round in which the unstable members of a front are timed again."""
+
+
+def steadied(
+    result: SearchResult,
+    *,
+    time_again: Callable[[Trial], Metrics],
+    keep: Callable[[Trial, Metrics], SearchResult],
+    note: Callable[[str], None],
+    pauses: Sequence[float] = PAUSES_AT_END,
+    sleep: Callable[[float], None] = time.sleep,
+) -> SearchResult:
+    """The result, its front taken of latencies that are stable, as far as the device lets them be.
+
+    A member that turns out slower may make room for another one, which is then timed again in the next round.
+    A latency that is unstable again changes nothing.
+
+    Args:
+        result: of a search that has come to its end.
+        time_again: the latency metrics of a trial's network, measured now.
+        keep: records metrics of a trial in place of its own, and gives the result that follows.
+        note: is told what could not be timed again.
+        pauses: seconds before each round.
+        sleep: waits for so many seconds.
+    """
+    for pause in pauses:
+        if not result.unstable:
+            break
+        sleep(pause)
+        for trial in result.unstable:
+            try:
+                metrics = time_again(trial)
+            except EvaluationFailed as error:
+                note(f"{trial.arch.key} was not timed again: {error}")
+                continue
+            if metrics["latency_unstable"] == 0:
+                result = keep(trial, metrics)
+    return result
