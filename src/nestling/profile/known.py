@@ -87,13 +87,14 @@ def addresses_here() -> list[str]:
 
 
 def devices_in(store: Path) -> list[DeviceSummary]:
-    """The devices of which the store holds measurements.
+    """The devices of which the store holds measurements, unstable ones included: they tell of noise.
 
     Raises:
         StoreError: no store, or one that cannot be read.
     """
     by_key: dict[str, list[Measurement]] = {}
-    for measurement in MeasurementStore(store).all():
+    known = MeasurementStore(store)
+    for measurement in (*known.all(), *known.unstable()):
         by_key.setdefault(measurement.fingerprint.key, []).append(measurement)
     return [_summary(taken, str(store)) for taken in by_key.values()]
 

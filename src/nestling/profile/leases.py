@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestling.profile.processes import is_running
-from nestling.profile.store import StoreError, opened
+from nestling.profile.store import StoreError, opened, refuse_foreign
 
 VERSION = 1
 LEASE_SECONDS = 30.0
@@ -116,6 +116,7 @@ class LeaseQueue:
                     f"{path} is a lease queue of version {version}; this program reads {VERSION}"
                 )
             if version == 0:
+                refuse_foreign(connection, path, what="lease queue", ours="lease")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;"

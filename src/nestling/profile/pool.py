@@ -125,6 +125,11 @@ class DevicePool:
             if known is not None:
                 return known
         before = self.queue.state(job).content
+        if before is not None and self.store is not None:
+            # its process may have been lost between counting and storing it
+            counted = self._keep(job, Measurement.from_json(before))
+            if not counted.unstable:
+                return counted
         cuts, tried = 0, set[str]()
         while True:
             state = self.queue.state(job)
@@ -246,7 +251,7 @@ class DevicePool:
         return replace(taken, fingerprint=replace(taken.fingerprint, device=self._device))
 
     def _keep(self, job: Job, measurement: Measurement) -> Measurement:
-        if self.store is None or measurement.unstable:
+        if self.store is None:
             return measurement
         return self.store.put(measurement, file=job.file, settings=job.settings)
 

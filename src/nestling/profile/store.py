@@ -23,6 +23,16 @@ CREATE TABLE IF NOT EXISTS measurement (
 ) WITHOUT ROWID
 """
 
+_RESTLESS = """
+CREATE TABLE IF NOT EXISTS unstable (
+    id INTEGER PRIMARY KEY,
+    file TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    settings TEXT NOT NULL,
+    content TEXT NOT NULL
+)
+"""
+
 _FACTS = """
 CREATE TABLE IF NOT EXISTS fact (
     name TEXT NOT NULL,
@@ -60,6 +70,26 @@ def opened(path: Path, *, what: str, synchronous: str) -> Iterator[sqlite3.Conne
         raise StoreError(f"{what} {path}: {error}") from error
 
 
+def refuse_foreign(connection: sqlite3.Connection, path: Path, *, what: str, ours: str) -> None:
+    """Refuses an SQLite file without a version of ours that holds another program's tables.
+
+    Args:
+        connection: to the file.
+        path: the file.
+        what: it should be.
+        ours: a table of ours: with it the file is a `what` that another process has just begun.
+
+    Raises:
+        StoreError: a table of it is named.
+    """
+    found = [name for (name,) in connection.execute("SELECT name FROM sqlite_master ORDER BY name")]
+    if found and ours not in found:
+        raise StoreError(
+            f"{path} is no {what}: it is another program's SQLite database, with {found[0]!r} in it; name "
+            "another file"
+        )
+
+
 def file_key(path: Path) -> str:
     """The SHA-256 of the file's content, in hexadecimal.
 
@@ -75,7 +105,8 @@ class MeasurementStore:
 
     Several processes may use one file. A measurement is there for good once `put` has returned: it was synced
     to disk. SQLite's own rollback journal undoes what a kill left half done. Every call opens the file anew,
-    so a store may be used from any thread and after a fork.
+    so a store may be used from any thread and after a fork. Unstable measurements are kept too, each of them,
+    raw times and all; none of them is ever found by `get`.
 
     Raises:
         StoreError: the folder is missing, the file is no measurement store, or a later version wrote it.
@@ -91,6 +122,7 @@ class MeasurementStore:
                 )
             if version == 0:
                 connection.execute("BEGIN IMMEDIATE")
+                refuse_foreign(connection, path, what="measurement store", ours="measurement")
                 connection.execute(_TABLE)
                 connection.execute(f"PRAGMA user_version = {VERSION}")
                 connection.execute("COMMIT")
@@ -101,7 +133,7 @@ class MeasurementStore:
         return int(count)
 
     def get(self, file: str, *, fingerprint: Fingerprint, settings: str) -> Measurement | None:
-        """What the file with the key `file` took on the device, or None where it has not been measured so."""
+        """What the file with the key `file` took on the device, None where that is not known."""
         with self._open() as connection:
             row = connection.execute(
                 "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?",
@@ -110,9 +142,21 @@ class MeasurementStore:
         return None if row is None else self._parse(row[0])
 
     def put(self, measurement: Measurement, *, file: str, settings: str) -> Measurement:
-        """The measurement that holds from now on: the first that was put, so that all readers see one."""
+        """The measurement that holds from now on: the first that was put, so that all readers see one.
+
+        One that is unstable is kept beside those that hold, once, and is given back as it is.
+        """
         key = (file, measurement.fingerprint.key, settings)
         with self._open() as connection:
+            if measurement.unstable:
+                connection.execute(_RESTLESS)  # a file of an earlier version has no such table
+                content = measurement.to_json()
+                connection.execute(
+                    "INSERT INTO unstable (file, fingerprint, settings, content) SELECT ?, ?, ?, ? "
+                    "WHERE NOT EXISTS (SELECT 1 FROM unstable WHERE file = ? AND content = ?)",
+                    (*key, content, file, content),
+                )
+                return measurement
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
                 "INSERT OR IGNORE INTO measurement VALUES (?, ?, ?, ?)", (*key, measurement.to_json())
@@ -123,8 +167,17 @@ class MeasurementStore:
             connection.execute("COMMIT")
         return self._parse(row[0])
 
+    def unstable(self, file: str | None = None) -> list[Measurement]:
+        """Every unstable measurement, those of one file where `file` is given, in order."""
+        with self._open() as connection:
+            connection.execute(_RESTLESS)
+            rows = connection.execute(
+                "SELECT content FROM unstable WHERE ? IS NULL OR file = ? ORDER BY id", (file, file)
+            ).fetchall()
+        return [self._parse(content) for (content,) in rows]
+
     def all(self) -> list[Measurement]:
-        """Every measurement, by file, device and settings."""
+        """Every stable measurement, by file, device and settings."""
         with self._open() as connection:
             rows = connection.execute(
                 "SELECT content FROM measurement ORDER BY file, fingerprint, settings"

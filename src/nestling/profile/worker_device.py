@@ -97,7 +97,7 @@ class WorkerDevice:
     def measure(self, path: Path) -> Measurement:
         """How long the file takes, from the store where it has been measured before.
 
-        An unstable measurement is not kept: asked again, the file is timed again.
+        An unstable measurement is kept for the record only: asked again, the file is timed again.
 
         Raises:
             DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
@@ -110,7 +110,7 @@ class WorkerDevice:
                 if known is not None:
                     return known
             measurement = self._time(path, model)
-        if self.store is None or measurement.unstable:
+        if self.store is None:
             return measurement
         return self.store.put(measurement, file=key, settings=self.settings)
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,30 @@ def test_what_the_store_has_is_not_measured_whatever_boards_there_are(make: Made
     other = FakeBoard()
     assert make(other, FakeBoard(), store=store).measure(path) == taken
     assert other.timed == 0
+
+
+def test_what_was_counted_before_a_kill_is_stored_and_not_timed_again(make: Made, tmp_path: Path) -> None:
+    killed, [path] = make(FakeBoard()), files(tmp_path, 1)
+    counted = killed.measure(path)  # without a store, as if the process had ended before it was stored
+    board, store = FakeBoard(), MeasurementStore(tmp_path / "m.db")
+    assert make(board, store=store).measure(path) == counted
+    assert board.timed == 0
+    assert store.all() == [counted]
+
+
+def test_what_was_counted_and_is_unstable_is_kept_and_timed_again(make: Made, tmp_path: Path) -> None:
+    killed, [path] = make(FakeBoard()), files(tmp_path, 1)
+    counted = killed.measure(path)
+    job = killed._job(path)
+    restless = replace(counted, seconds=(1e-3, 9e-3) * 20)
+    lease = killed.queue.take(job, ["ssh://0/ort:cpu?threads=1"], before=counted.to_json())
+    assert lease is not None
+    assert killed.queue.finish(lease, restless.to_json())
+    board, store = FakeBoard(), MeasurementStore(tmp_path / "m.db")
+    assert make(board, store=store).measure(path) == counted
+    assert board.timed == 1
+    assert store.unstable() == [restless]
+    assert store.all() == [counted]
 
 
 def test_a_file_that_costs_a_worker_is_tried_on_another_board(make: Made, tmp_path: Path) -> None:

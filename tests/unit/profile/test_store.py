@@ -13,10 +13,49 @@ from pathlib import Path
 
 import pytest
 
-from nestling.profile import Measurement, MeasurementStore, StoreError, file_key
+from nestling.profile import Fingerprint, Measurement, MeasurementStore, StoreError, file_key
 from nestling.profile.leases import Job, LeaseQueue
 
 Measured = Callable[..., Measurement]
+
+
+@pytest.fixture
+def measured(fingerprint: Fingerprint) -> Measured:
+    """Makes a stable measurement, another one for other numbers."""
+
+    def make(*numbers: float) -> Measurement:
+        count = max(40, len(numbers))
+        return Measurement(fingerprint, (sum(numbers) / 1e3,) * count, (1e-3,) * count, 0.5, 0.25)
+
+    return make
+
+
+def test_an_unstable_measurement_is_kept_whole_and_never_found(tmp_path: Path, measured: Measured) -> None:
+    store, stable = MeasurementStore(tmp_path / "m.sqlite"), measured(1)
+    restless = [dataclasses.replace(stable, seconds=(1e-3, spread) * 20) for spread in (2e-3, 3e-3)]
+    for taken in (*restless, restless[0]):
+        assert taken.unstable
+        assert store.put(taken, file="a", settings="s") == taken
+    assert store.get("a", fingerprint=stable.fingerprint, settings="s") is None
+    assert store.unstable() == store.unstable("a") == restless
+    assert store.unstable("b") == store.all() == []
+    assert store.put(stable, file="a", settings="s") == stable
+    assert store.put(restless[0], file="a", settings="s") == restless[0]
+    assert store.get("a", fingerprint=stable.fingerprint, settings="s") == stable
+    assert len(store.unstable()) == 2
+
+
+@pytest.mark.parametrize("opens", [MeasurementStore, LeaseQueue])
+def test_another_program_s_database_is_refused_and_left_as_it_was(
+    tmp_path: Path, opens: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "addresses.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE friends (name TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"addresses\.db is no .*another program's .*'friends'"):
+        opens(path)
+    assert path.read_bytes() == before
 
 
 def test_what_was_put_is_found_again(tmp_path: Path, measured: Measured) -> None:
@@ -61,7 +100,7 @@ def test_several_writers_lose_nothing(tmp_path: Path, measured: Measured) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from nestling.profile import Measurement, MeasurementStore
+from nestling.profile import Fingerprint, Measurement, MeasurementStore
 store = MeasurementStore(Path(sys.argv[1]))
 taken = Measurement.from_json(sys.argv[2])
 number = 0
