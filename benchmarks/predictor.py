@@ -46,6 +46,7 @@ from nestling.pipeline.untrained import measure_blocks, measure_network
 from nestling.profile import DeviceError, connect
 from nestling.profile.held_out import Learner, by_macs, by_model, by_table, held_out, quality
 from nestling.profile.prediction import LEAST
+from nestling.search import EvaluationFailed
 from nestling.space import Arch, SearchSpace, load_space
 from nestling.space.sampling import stratified
 
@@ -98,10 +99,11 @@ def measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
                 continue
             try:
                 taken = measure_network(device, build, arch, keep={}, pauses=PAUSES)
-                found["blocks"] |= measure_blocks(
-                    device, build, arch, keep={}, known=found["blocks"], pauses=PAUSES[:1]
-                )
-            except (DeviceError, ExportMismatch) as error:
+                parts = measure_blocks(device, build, arch, keep={}, known=found["blocks"], pauses=PAUSES[:1])
+                found["blocks"] |= {signature: one.ratio for signature, one in parts.items()}
+                restless = {signature for signature, one in parts.items() if one.unstable}
+                found["unstable_blocks"] = sorted({*found.get("unstable_blocks", ()), *restless})
+            except (DeviceError, EvaluationFailed, ExportMismatch) as error:
                 found["refused"][arch.key] = str(error)
                 continue
             if taken.unstable:
@@ -147,6 +149,7 @@ def judged(found: Figures) -> dict[str, Any]:
     return {
         "networks": len(ratios),
         "blocks": len(found["blocks"]),
+        "unstable_blocks": len(found.get("unstable_blocks", ())),
         "unstable": len(set(found["unstable"]) - found["networks"].keys()),
         "refused": len(found["refused"]),
         "fastest_and_slowest": [min(ratios), max(ratios)],

@@ -26,10 +26,11 @@ from nestling.pipeline.steps import block_signature, steps
 from nestling.pipeline.studies import REFERENCE, searched
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import DeviceError
+from nestling.profile import DeviceError, Measurement
 from nestling.profile.held_out import by_macs, by_model, by_table, held_out, quality
 from nestling.profile.prediction import LEAST, Description, LatencyModel, describe, fit, predict
 from nestling.run import RunError
+from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.space.sampling import stratified
 
@@ -39,7 +40,7 @@ MODEL = "latency_model.json"
 PARTS = 5
 """Groups of networks that are left out in turn."""
 MOST_REFUSALS = 3
-"""Networks in a row that the device may refuse."""
+"""Networks in a row that the device may refuse, or be lost on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ def learn_latency(
         ConfigError: too few networks, or networks that cannot be traced.
         RunError: the run was measured on another device or runtime, a file of it is damaged, or too few of
             the measurements were stable.
-        DeviceError: the device refuses `MOST_REFUSALS` networks in a row.
+        DeviceError, EvaluationFailed: the device refuses, or is lost on, `MOST_REFUSALS` networks in a row,
+            or the blocks of as many.
     """
     if networks < 2 * LEAST:
         raise ConfigError(
@@ -150,7 +152,7 @@ def learn_latency(
             try:
                 _measure(bench, arch, known)
                 refused = 0
-            except (DeviceError, ExportMismatch) as error:
+            except (DeviceError, EvaluationFailed, ExportMismatch) as error:
                 refused += 1
                 listener.note(f"{arch.key} left out: {error}")
                 if refused == MOST_REFUSALS:
@@ -214,19 +216,42 @@ def _measure(bench: Workbench, arch: Arch, known: dict[str, Any]) -> None:
 
 
 def _measure_blocks(bench: Workbench, known: dict[str, Any], listener: Listener) -> None:
-    rows = _rows(bench, known)
+    """Adds the blocks of all networks to what is `known`; those that were unstable are taken again.
+
+    Each block is kept as soon as it was measured. One whose measurement stays unstable is used, for want of a
+    better one, and stands under `unstable_blocks`.
+
+    Raises:
+        DeviceError, EvaluationFailed: as `learn_latency`.
+    """
+    rows, refused = _rows(bench, known), 0
+    unstable: set[str] = set(known.get("unstable_blocks", ()))
+    taken: set[str] = set()  # unstable now, and once is enough for one run of this
+
+    def keep(signature: str, found: Measurement) -> None:
+        known["blocks"][signature] = found.ratio
+        (unstable.add if found.unstable else unstable.discard)(signature)
+        known["unstable_blocks"] = sorted(unstable)
+        taken.add(signature)
+        bench.run.write_json(MEASURED, known)
+
     for number, arch in enumerate(rows, 1):
+        passed = (known["blocks"].keys() - unstable) | taken
         try:
-            found = measure_blocks(
-                bench.device, bench.family, arch, keep=bench.config.quant.keep, known=known["blocks"]
+            measure_blocks(
+                bench.device, bench.family, arch, keep=bench.config.quant.keep, known=passed, on_block=keep
             )
-        except DeviceError as error:
+            refused = 0
+        except (DeviceError, EvaluationFailed) as error:
+            refused += 1
             listener.note(f"blocks of {arch.key} left out: {error}")
-            continue
-        if found:
-            known["blocks"].update(found)
-            bench.run.write_json(MEASURED, known)
+            if refused == MOST_REFUSALS:
+                raise
         listener.scored(arch.key, number, len(rows))
+    if unstable:
+        listener.note(
+            f"{len(unstable)} of {len(known['blocks'])} blocks are unstable; run this again for them"
+        )
 
 
 def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, tuple[float, float | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,7 +82,8 @@ def measure_network(
         pauses: see `nestling.pipeline.candidate.measure`.
 
     Raises:
-        DeviceError: the device refuses it.
+        DeviceError: the device refuses it before it is timed.
+        EvaluationFailed: it is refused, or the device is lost, while it is timed.
         ExportMismatch: the device computes it in other precisions than asked for.
         Untraceable: it has no graph.
         ValueError: an unknown precision, or one for research.
@@ -104,20 +105,26 @@ def measure_blocks(
     arch: Arch,
     *,
     keep: Mapping[str, str],
-    known: Mapping[str, float],
+    known: Collection[str],
     pauses: Sequence[float] = PAUSES[:1],
-) -> dict[str, float]:
-    """Signature -> ratio to the reference model, of those blocks of `arch` that are not `known`.
+    on_block: Callable[[str, Measurement], None] = lambda *_: None,
+) -> dict[str, Measurement]:
+    """Signature -> measurement, of those blocks of `arch` that are not `known`.
 
-    Each is a file of its own and is measured like a network. One whose measurement stays unstable counts:
-    without it no network that has it could be looked up.
+    Each is a file of its own and is measured like a network. One whose measurement stays unstable is there
+    too, and flagged: without it no network that has it could be looked up.
+
+    Args:
+        device, family, arch, keep, pauses: as `measure_network` has them.
+        known: signatures of blocks that are passed over.
+        on_block: hears of each block as soon as it was measured.
 
     Raises:
-        DeviceError, Untraceable, ValueError: as `measure_network`.
+        DeviceError, EvaluationFailed, Untraceable, ValueError: as `measure_network`.
     """
     graph = untrained_graph(family, arch)
     policy = quant_policy(family, arch, graph, keep=keep)
-    found: dict[str, float] = {}
+    found: dict[str, Measurement] = {}
     with TemporaryDirectory(prefix="nestling-") as folder:
         for block in blocks(graph):
             signature = block_signature(block.graph, policy)
@@ -125,5 +132,6 @@ def measure_blocks(
                 continue
             path = Path(folder) / f"{signature}.onnx"
             write_untrained(block.graph, policy, path, reduce_range=device.fingerprint.int8_saturates)
-            found[signature] = measure(device, path, pauses=pauses).ratio
+            found[signature] = measure(device, path, pauses=pauses)
+            on_block(signature, found[signature])
     return found

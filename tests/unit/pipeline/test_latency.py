@@ -35,6 +35,7 @@ from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice
 from nestling.profile.prediction import Description
 from nestling.quant import QuantPolicy
 from nestling.run import Run, RunError
+from nestling.search import EvaluationFailed
 from nestling.space import Arch, SearchSpace, load_space
 
 TESTS = Path(__file__).parents[2]
@@ -96,17 +97,23 @@ class Measuring:
     """Stands for `measure_network`: counts, is restless or refuses where it is told to."""
 
     def __init__(
-        self, *, restless: bool = False, stop_after: int | None = None, refuses: bool = False
+        self,
+        *,
+        restless: bool = False,
+        stop_after: int | None = None,
+        refuses: Exception | None = None,
+        refusals: int | None = None,
     ) -> None:
-        self.count, self.restless, self.stop_after, self.refuses = 0, restless, stop_after, refuses
+        self.count, self.restless, self.stop_after = 0, restless, stop_after
+        self.refuses, self.refusals = refuses, refusals
 
     def __call__(self, device: Any, family: Family, arch: Arch, **_: Any) -> Measurement:
         del device, family
         if self.count == self.stop_after:
             raise KeyboardInterrupt
         self.count += 1
-        if self.refuses:
-            raise DeviceError("no such operator")
+        if self.refuses is not None and (self.refusals is None or self.count <= self.refusals):
+            raise self.refuses
         took = 0.002 * ratio(arch)
         second = 3 * took if self.restless else took
         return Measurement(HERE, (took, second) * 10, (0.002,) * 20, 0.1, 0.1)
@@ -183,11 +190,83 @@ def test_unstable_measurements_are_not_learnt_from(monkeypatch: pytest.MonkeyPat
         learn(monkeypatch, folder, Measuring(restless=True), networks=16)
 
 
-def test_a_device_that_refuses_everything_is_told_soon(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    measuring = Measuring(refuses=True)
-    with pytest.raises(DeviceError, match="no such operator"):
+FAILURES = [DeviceError("no such operator"), EvaluationFailed("the worker was ended by SIGSEGV")]
+"""What the real function raises before a file is timed, and while it is."""
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_a_device_that_refuses_everything_is_told_soon(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, failure: Exception
+) -> None:
+    measuring = Measuring(refuses=failure)
+    with pytest.raises(type(failure), match=str(failure)):
         learn(monkeypatch, folder, measuring)
     assert measuring.count == 3
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_networks_on_which_the_device_fails_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, failure: Exception
+) -> None:
+    measuring = Measuring(refuses=failure, refusals=2)
+    assert learn(monkeypatch, folder, measuring)["networks"] == len(drawn(18)) - 2
+
+
+class BlockByBlock:
+    """Stands for `measure_blocks`: a network has one block, its own; failures and restless ones first."""
+
+    def __init__(self, *, restless: int = 0, failures: int = 0) -> None:
+        self.restless, self.failures = restless, failures
+        self.asked: list[str] = []
+
+    def __call__(
+        self, device: Any, family: Family, arch: Arch, *, known: Any, on_block: Any, **_: Any
+    ) -> None:
+        del device, family
+        if arch.key in known:
+            return
+        self.asked.append(arch.key)
+        if len(self.asked) <= self.failures:
+            raise EvaluationFailed("the worker was ended by SIGSEGV")
+        second = 0.009 if len(self.asked) <= self.restless + self.failures else 0.002
+        on_block(arch.key, Measurement(HERE, (0.002, second) * 10, (0.002,) * 20, 0.1, 0.1))
+
+
+def learn_blocks(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, by_block: BlockByBlock
+) -> tuple[dict[str, Any], int]:
+    """The file of measurements, and of how many networks the table can tell."""
+    monkeypatch.setattr(latency, "measure_network", Measuring())
+    monkeypatch.setattr(latency, "measure_blocks", by_block)
+    monkeypatch.setattr(latency, "block_signatures", lambda _, arch, **__: (arch.key,))
+    found = learn_latency(bench_on(folder, HERE), networks=18, with_blocks=True, listener=Silent())
+    measured = json.loads((folder / "latency_measured.json").read_text())
+    return measured, found["held_out"]["table"]["told"]
+
+
+def test_blocks_that_stay_unstable_are_flagged_and_taken_again_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    first = BlockByBlock(restless=2)
+    measured, _ = learn_blocks(monkeypatch, folder, first)
+    assert measured["unstable_blocks"] == sorted(first.asked[:2])
+    assert measured["blocks"].keys() == set(first.asked)
+    again = BlockByBlock()
+    measured, _ = learn_blocks(monkeypatch, folder, again)
+    assert set(again.asked) == set(first.asked[:2])
+    assert measured["unstable_blocks"] == []
+    assert measured["blocks"][again.asked[0]] == pytest.approx(1.0)
+
+
+def test_blocks_on_which_the_device_fails_are_left_out_and_three_networks_in_a_row_end_it(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    by_block = BlockByBlock(failures=2)
+    measured, told = learn_blocks(monkeypatch, folder, by_block)
+    assert len(measured["blocks"]) == told == len(by_block.asked) - 2
+    (folder / "latency_measured.json").unlink()
+    with pytest.raises(EvaluationFailed, match="SIGSEGV"):
+        learn_blocks(monkeypatch, folder, BlockByBlock(failures=3))
 
 
 def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -274,9 +353,9 @@ def test_networks_and_their_blocks_are_measured_without_training(
     found, arch = family(space.family), space.smallest
     assert measure_network(cpu, found, arch, keep={}, pauses=()).ratio > 0
     signatures = block_signatures(found, arch, keep={})
-    rest = measure_blocks(cpu, found, arch, keep={}, known={signatures[0]: 1.0}, pauses=())
+    rest = measure_blocks(cpu, found, arch, keep={}, known={signatures[0]}, pauses=())
     assert rest.keys() == set(signatures[1:])
-    assert min(rest.values()) > 0
+    assert min(one.ratio for one in rest.values()) > 0
 
 
 def test_precisions_for_research_have_no_latency(space: SearchSpace, cpu: WorkerDevice) -> None:
