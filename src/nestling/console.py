@@ -265,6 +265,16 @@ def print_trials(result: SearchResult) -> None:
         cells = (trial.metrics.get(name) for name in metrics)  # records of before lack some
         table.add_row(trial.arch.key, *("" if cell is None else f"{cell:.4g}" for cell in cells))
     _wide().print(table)
+    if result.unstable:
+        keys = ", ".join(trial.arch.key for trial in result.unstable)
+        Console().print(
+            f"the latency of {len(result.unstable)} of {len(result.front)} is unstable, do not trust it: "
+            f"{keys}; the same command measures them again, on a quieter machine better",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+            style="yellow",
+        )
 
 
 def print_evaluation(found: Mapping[str, Any], *, as_json: bool) -> None:
@@ -393,8 +403,6 @@ def print_comparisons(compared: Sequence[Comparison], *, as_json: bool) -> None:
             f"  medians {one.first_ms:.3f} and {one.second_ms:.3f} ms, {len(one.speedups)} fresh workers",
             highlight=False,
         )
-        if one.unstable:
-            console.print("  unstable: the rounds disagree; compare again", style="yellow")
 
 
 def print_devices(found: Sequence[DeviceSummary], *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nestling.console import beyond_limits, duration, print_best, si, spent_words
+from nestling.console import beyond_limits, duration, print_best, print_trials, si, spent_words
 from nestling.pipeline import Forecast, SearchResult, Spent
 from nestling.search import Problem, Trial
 from nestling.space import Choice, SearchSpace
@@ -79,3 +79,21 @@ def test_a_limit_that_is_missed_when_measured_again_is_told(
     said = capsys.readouterr().out
     assert all(words in said for words in told)
     assert ("when measured again" in said) == bool(told)
+
+
+def test_the_front_s_unstable_latencies_are_told_last(capsys: pytest.CaptureFixture[str]) -> None:
+    space = SearchSpace("toy", (Choice("width", (1, 2)),))
+    problem = Problem.parse(space, objectives=["top1", "latency_ms"], limits={})
+
+    def told(*unstable: float) -> str:
+        trials = tuple(
+            Trial(n, arch, {"top1": 0.5 + n / 9, "latency_ms": 1.0 + n, "latency_unstable": flag}, "complete")
+            for n, (arch, flag) in enumerate(zip(space.walk(), unstable, strict=True))
+        )
+        print_trials(SearchResult(problem, trials))
+        return capsys.readouterr().out
+
+    assert "do not trust" not in told(0.0, 0.0)
+    last = told(1.0, 0.0).splitlines()[-1]
+    assert last.startswith("the latency of 1 of 2 is unstable, do not trust it: ")
+    assert "the same command measures them again" in last

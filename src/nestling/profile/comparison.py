@@ -16,6 +16,8 @@ ROUNDS = 8
 LEAST_ROUNDS, MOST_ROUNDS = 3, 20
 WIDEST_HALF = 0.05
 """An interval whose half is wider than this part of the figure makes a comparison unstable."""
+MOST_UNSTABLE = 0.25
+"""So does a larger part of the rounds than this whose own measurement is unstable."""
 _STUDENT: tuple[float, ...] = (9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.250, 3.169)
 _STUDENT += (3.106, 3.055, 3.012, 2.977, 2.947, 2.921, 2.898, 2.878, 2.861)
 """Student's t that 99.5 % stay below, for 2 degrees of freedom and more."""
@@ -40,6 +42,8 @@ class Comparison:
     first_ms: float
     second_ms: float
     """The medians over the rounds."""
+    unstable_rounds: int = 0
+    """Rounds whose own measurement was unstable."""
 
     def __post_init__(self) -> None:
         if not LEAST_ROUNDS <= len(self.speedups) <= MOST_ROUNDS:
@@ -73,12 +77,27 @@ class Comparison:
 
     @property
     def unstable(self) -> bool:
-        """Whether the rounds disagree too much to be relied on."""
-        return self.half_width > WIDEST_HALF * self.speedup
+        """Whether the rounds, or too many of their measurements, are too restless to be relied on."""
+        return bool(self.unstable_because)
+
+    @property
+    def unstable_because(self) -> tuple[str, ...]:
+        """Why the figures cannot be relied on; nothing where they can."""
+        reasons = []
+        if self.half_width > WIDEST_HALF * self.speedup:
+            reasons.append(f"the rounds disagree by {self.half_width / self.speedup:.0%}")
+        if self.unstable_rounds > MOST_UNSTABLE * len(self.speedups):
+            reasons.append(f"{self.unstable_rounds} of {len(self.speedups)} rounds were unstable")
+        return tuple(reasons)
 
     def sentence(self) -> str:
-        """The comparison in words."""
+        """The comparison in words; of an unstable one nothing is claimed."""
         first, second = (str(path) for path in (self.first, self.second))
+        if self.unstable:
+            return (
+                f"whether {first} or {second} is faster cannot be told: {', '.join(self.unstable_because)}; "
+                "compare again on a quieter machine, or for longer"
+            )
         speedup, half = self.speedup, self.half_width
         if not self.differs:
             return f"no difference between {first} and {second} can be told ({speedup:.3f} +- {half:.3f})"
@@ -98,6 +117,7 @@ class Comparison:
             "interval": list(self.interval),
             "differs": self.differs,
             "unstable": self.unstable,
+            "unstable_because": list(self.unstable_because),
             "sentence": self.sentence(),
         }
 
@@ -122,6 +142,7 @@ def compare_files(
     if not LEAST_ROUNDS <= rounds <= MOST_ROUNDS:
         raise ValueError(f"a comparison needs {LEAST_ROUNDS} to {MOST_ROUNDS} rounds, not {rounds}")
     speedups: list[float] = []
+    unstable = 0
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         if number % 2 == 0:
@@ -131,7 +152,8 @@ def compare_files(
             taken = device.compare(first, second, seconds=seconds / rounds, fresh=True)
             own, other, speedup = taken.seconds, taken.reference_seconds, 1 / taken.ratio
         speedups.append(speedup)
+        unstable += taken.unstable
         times[0].append(statistics.median(own))
         times[1].append(statistics.median(other))
     first_ms, second_ms = (statistics.median(side) * 1e3 for side in times)
-    return Comparison(device.name, first, second, tuple(speedups), first_ms, second_ms)
+    return Comparison(device.name, first, second, tuple(speedups), first_ms, second_ms, unstable)

@@ -37,14 +37,28 @@ def test_the_sentence_says_which_is_faster_by_how_much() -> None:
 
 
 def test_two_files_that_may_be_equal_are_not_called_different() -> None:
-    told = comparison(0.99, 1.01, 1.02)
+    told = comparison(0.995, 1.002, 1.006)
     assert not told.differs
-    assert told.sentence().startswith("no difference between a.onnx and b.onnx can be told (1.007 +- 0.0")
+    assert told.sentence().startswith("no difference between a.onnx and b.onnx can be told (1.001 +- 0.0")
 
 
 def test_rounds_that_disagree_are_unstable() -> None:
     assert comparison(1.0, 1.5, 2.0).unstable
     assert not comparison(1.30, 1.31, 1.32).unstable
+
+
+def test_nothing_is_claimed_where_the_rounds_or_their_measurements_are_unstable() -> None:
+    apart = comparison(2.0, 2.5, 3.0)
+    assert apart.sentence().startswith(
+        "whether a.onnx or b.onnx is faster cannot be told: the rounds disagree by "
+    )
+    calm = comparison(1.30, 1.31, 1.32, 1.31)
+    assert calm.differs
+    assert not dataclasses.replace(calm, unstable_rounds=1).unstable
+    restless = dataclasses.replace(calm, unstable_rounds=2)
+    assert restless.unstable_because == ("2 of 4 rounds were unstable",)
+    assert "times faster" not in restless.sentence()
+    assert "compare again on a quieter machine" in restless.sentence()
 
 
 @pytest.mark.parametrize("rounds", [2, 21])
@@ -58,14 +72,15 @@ class Scales:
 
     name = "scales"
 
-    def __init__(self, measured: Measured) -> None:
-        self.measured = measured
+    def __init__(self, measured: Measured, *, calm: bool = True) -> None:
+        self.measured, self.calm = measured, calm
         self.calls: list[str] = []
 
     def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool) -> Measurement:
         assert fresh
         self.calls.append(f"{path.stem} beside {other.stem} {seconds:g}")
-        return self.measured(float(path.stem), reference=(float(other.stem),))
+        count = 40 if self.calm else 1
+        return self.measured(*[float(path.stem)] * count, reference=(float(other.stem),) * count)
 
 
 def test_every_round_has_a_fresh_worker_and_the_order_of_loading_alternates(measured: Measured) -> None:
@@ -73,6 +88,9 @@ def test_every_round_has_a_fresh_worker_and_the_order_of_loading_alternates(meas
     told = compare_files(device, Path("2"), Path("3"), seconds=6, rounds=3)  # type: ignore[arg-type]
     assert device.calls == ["3 beside 2 2", "2 beside 3 2", "3 beside 2 2"]
     assert told.speedups == pytest.approx([1.5] * 3)
+    assert told.unstable_rounds == 0
+    restless = compare_files(Scales(measured, calm=False), Path("2"), Path("3"), rounds=3)  # type: ignore[arg-type]
+    assert restless.unstable_rounds == 3
     assert (told.first_ms, told.second_ms) == pytest.approx((2, 3))
     assert math.isclose(told.half_width, 0, abs_tol=1e-9)
     with pytest.raises(ValueError, match="3 to 20 rounds, not 1"):
