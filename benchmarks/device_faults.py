@@ -53,7 +53,7 @@ from watching import Watch
 from nestling.pipeline import Silent, open_run, search_supernet
 from nestling.profile import DeviceError, DevicePool, MeasurementStore, WorkerDevice, WorkerLostError
 from nestling.profile.address import parse_address
-from nestling.profile.leases import LeaseQueue
+from nestling.profile.leases import Attempt, LeaseQueue
 from nestling.profile.transport_local import LocalProcess
 from nestling.search import Trial
 
@@ -248,6 +248,7 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
     target = work / "hostile.onnx"
     outcomes: Counter[str] = Counter()
     slowest, unnamed, others = 0.0, list[str](), Counter[str]()
+    admitted: list[str] = []
     device = WorkerDevice(
         parse_address(f"ort:cpu?memory={MEMORY_MB}M"),
         transport=LocalProcess(
@@ -282,6 +283,8 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
             except DeviceError as error:
                 outcome = "refused"
                 unnamed += [] if str(target) in str(error) else [f"{name}: {error}"]
+            if name.startswith("external") and outcome != "refused":
+                admitted.append(f"{name}: {outcome}")
             slowest = max(slowest, time.monotonic() - began)
             outcomes[outcome] += 1
         touched = watch.seen()
@@ -295,6 +298,7 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
         "touched_outside": touched,
         "left_behind": [name for name in left if name not in ("canary", "linked")],
         "not_named": unnamed,
+        "external_not_refused": admitted,
         "good_file_after": round(statistics.median(again) / statistics.median(expected), 2),
         "search_grew_mb": round(memory_mb() - before, 1),
     }
@@ -329,9 +333,11 @@ def killed_searches(run: Path, work: Path, *, kills: int, trials: int, seed: int
     for killed in run_killed(begin, moments, look=look_at_search):
         stored = stored_trials(killed.run / "study.db")
         queue = LeaseQueue(killed.run / "leases.db")
-        outcomes = Counter(str(attempt.outcome) for attempt in queue.attempts())
+        attempts = queue.attempts()
+        outcomes = Counter(str(attempt.outcome) for attempt in attempts)
         found.append(
             {
+                "measured_twice": measured_twice(attempts, MeasurementStore(killed.run / "measurements.db")),
                 **account_of(killed.kills, stored),
                 "failed": sum(trial["state"] == "failed" for trial in stored),
                 "kills": len(killed.kills),
@@ -343,6 +349,13 @@ def killed_searches(run: Path, work: Path, *, kills: int, trials: int, seed: int
             }
         )
     return {"seconds": round(seconds, 1), "trials": len(stored_trials(whole / "study.db")), "searches": found}
+
+
+def measured_twice(attempts: Sequence[Attempt], store: MeasurementStore) -> int:
+    """How many measurements of a file were counted beyond its first stable one."""
+    counted = Counter(attempt.file for attempt in attempts if attempt.outcome == "measured")
+    unstable = {file: len(store.unstable(file)) for file in counted}
+    return sum(max(0, count - unstable[file] - 1) for file, count in counted.items())
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -387,6 +400,8 @@ def misses(figures: Figures) -> list[str]:
             f"{part['failed_trials']} trials failed of {injected} faults",
             part["failed_trials"] != injected,
         )
+        ended = part["complete_trials"] + part["failed_trials"]
+        wrong("faults", f"{ended} trials came to an end of {sizes['trials']}", ended != sizes["trials"])
         wrong("faults", f"another cause was recorded: {part['unexplained']}", bool(part["unexplained"]))
         wrong("faults", "trials failed without a cause", part["failed_without_cause"] > 0)
         wrong("faults", f"{part['doubled']} archs were evaluated twice", part["doubled"] != 0)
@@ -406,7 +421,7 @@ def misses(figures: Figures) -> list[str]:
             f"{part['files']} were tried, {sizes['files']} were to be",
             part["files"] != sizes["files"],
         )
-        for name in ("touched_outside", "left_behind", "not_named"):
+        for name in ("touched_outside", "left_behind", "not_named", "external_not_refused"):
             wrong("files", f"{name.replace('_', ' ')}: {part[name]}", bool(part[name]))
         late = part["slowest_seconds"] > HANG_SECONDS + 2
         wrong("files", f"one took {part['slowest_seconds']} s, the limit is {HANG_SECONDS} s", late)
@@ -415,7 +430,7 @@ def misses(figures: Figures) -> list[str]:
         kills = sum(search["kills"] for search in part["searches"])
         wrong("kills", f"{kills} kills, {sizes['kills']} were to be", kills != sizes["kills"])
         for search in part["searches"]:
-            for name in ("lost_or_changed", "doubled", "workers_left"):
+            for name in ("lost_or_changed", "doubled", "measured_twice", "workers_left"):
                 wrong("kills", f"{name.replace('_', ' ')}: {search[name]}", search[name] > 0)
             sound = search["integrity"] == search["leases_integrity"] == "ok"
             wrong("kills", f"damaged: {search['integrity']}, {search['leases_integrity']}", not sound)
@@ -451,7 +466,8 @@ def sentence(figures: Figures) -> str:
         told.append(
             f"{sum(search['kills'] for search in searches)} kills of the search: "
             f"{sum(search['lost_or_changed'] for search in searches)} trials lost, "
-            f"{sum(search['doubled'] for search in searches)} doubled"
+            f"{sum(search['doubled'] for search in searches)} doubled, "
+            f"{sum(search['measured_twice'] for search in searches)} measured twice"
         )
     return "; ".join(told)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import random
@@ -17,6 +18,8 @@ from typing import Any
 import onnx
 import pytest
 
+from nestling.profile import Fingerprint, Measurement, MeasurementStore
+from nestling.profile.leases import Attempt
 from nestling.profile.worker import RefusalError, refuse_external_data
 
 pytest.importorskip("asyncssh", reason="the benchmarks of devices need asyncssh: pip install 'nestling[ssh]'")
@@ -28,7 +31,7 @@ FAULTS: dict[str, Any] = {
     "sizes": {"faults": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 6, "killed": 4, "measured": 2},
     "faults": {
         "injected": {"SIGSEGV": 1, "hang on run": 1}, "failed_trials": 2, "unexplained": [],
-        "failed_without_cause": 0, "doubled": 0, "wrong_on_front": 0, "front": 1,
+        "failed_without_cause": 0, "doubled": 0, "wrong_on_front": 0, "front": 1, "complete_trials": 4,
     },
     "cuts": {
         "cut": {
@@ -39,18 +42,21 @@ FAULTS: dict[str, Any] = {
     },
     "files": {
         "files": 3, "touched_outside": [], "left_behind": [], "not_named": [], "slowest_seconds": 4.1,
-        "search_grew_mb": 9.0, "workers_lost_by": {"endless loop: ended at its limit": 1},
+        "external_not_refused": [], "search_grew_mb": 9.0,
+        "workers_lost_by": {"endless loop: ended at its limit": 1},
     },
     "kills": {
         "searches": [{
             "kills": 1, "lost_or_changed": 0, "doubled": 0, "workers_left": 0, "integrity": "ok",
-            "leases_integrity": "ok", "lease_is_free": True, "evaluated": 4,
+            "measured_twice": 0, "leases_integrity": "ok", "lease_is_free": True, "evaluated": 4,
         }],
     },
 }  # fmt: skip
 FLEET: dict[str, Any] = {
     "candidates": 12, "namespaces": True, "seconds": {"one": 60.0, "two": 33.0}, "part": 0.55,
-    "same_files": True, "same_accuracy": True, "counted_twice": 0,
+    "same_files": True, "same_accuracy": True, "failed": [], "by_board": [6, 7],
+    "trials": {"one": 12, "two": 12}, "measured": {"one": 12, "two": 12},
+    "measured_files": {"one": 12, "two": 12}, "measurements": {"one": 12, "two": 13},
     "ratios_differ": {"median": 0.01, "most": 0.04},
 }  # fmt: skip
 GOOD = {"device_faults": FAULTS, "fleet": FLEET}
@@ -59,6 +65,7 @@ BAD = [
     ("device_faults", ("faults", "injected"), {"SIGSEGV": 1}),
     ("device_faults", ("faults", "unexplained"), ["trial 3, SIGSEGV during load: Fail"]),
     ("device_faults", ("faults", "doubled"), 1),
+    ("device_faults", ("faults", "complete_trials"), 3),
     ("device_faults", ("cuts", "cut", "cuts"), 0),
     ("device_faults", ("cuts", "cut", "counted_twice"), 1),
     ("device_faults", ("cuts", "cut", "folders_left"), 1),
@@ -66,12 +73,18 @@ BAD = [
     ("device_faults", ("files", "touched_outside"), ["opened /canary"]),
     ("device_faults", ("files", "slowest_seconds"), 60.0),
     ("device_faults", ("files", "files"), 2),
+    ("device_faults", ("files", "external_not_refused"), ["external data: measured"]),
+    ("device_faults", ("kills", "searches", 0, "measured_twice"), 1),
     ("device_faults", ("kills", "searches", 0, "lost_or_changed"), 1),
     ("device_faults", ("kills", "searches", 0, "lease_is_free"), False),
     ("device_faults", ("kills", "searches", 0, "leases_integrity"), "row 1 missing"),
     ("fleet", ("part",), 0.66),
     ("fleet", ("same_files",), False),
-    ("fleet", ("counted_twice",), 1),
+    ("fleet", ("failed",), ["a"]),
+    ("fleet", ("measured", "two"), 11),
+    ("fleet", ("measured_files", "one"), 11),
+    ("fleet", ("trials", "two"), 13),
+    ("fleet", ("by_board",), [13]),
 ]
 
 
@@ -108,6 +121,22 @@ def test_a_figure_beyond_its_limit_fails_the_check(
     assert at[keys[-1]] != value
     at[keys[-1]] = value
     assert judged(load, name, figures, tmp_path) == 1
+
+
+def test_a_file_is_measured_twice_where_a_stable_measurement_was_followed_by_another(
+    load: Load, tmp_path: Path
+) -> None:
+    module = load("device_faults")
+    steady = Measurement(
+        Fingerprint("ort:cpu?threads=1", "A CPU", (), 1, "Linux", "ort", "0" * 12, False),
+        (1e-3,) * 40, (1e-3,) * 40, 0.1, 0.1,
+    )  # fmt: skip
+    store = MeasurementStore(tmp_path / "m.db")
+    store.put(dataclasses.replace(steady, seconds=(1e-3, 9e-3) * 20), file="a", settings="")
+    once = [Attempt(file, "ort:cpu", 0.0, 1.0, "measured", None) for file in "ab"]
+    again = [*once, once[0], Attempt("b", "ort:cpu", 0.0, 1.0, "abandoned", None)]
+    assert module.measured_twice(again, store) == 0
+    assert module.measured_twice([*again, once[1]], store) == 1
 
 
 def test_hostile_files_are_what_they_say(load: Load, tmp_path: Path) -> None:
