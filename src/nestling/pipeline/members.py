@@ -148,6 +148,9 @@ def hand_over(
         "latency_interval_ms": None if measurement is None else measurement.interval_ms,
         "latency_ratio": None if measurement is None else measurement.ratio,
         "unstable": measurement is not None and measurement.unstable,
+        "elsewhere": None
+        if measurement is None or measurement.elsewhere is None
+        else asdict(measurement.elsewhere),
         "simulated": list(candidate.policy.simulated),
         "device": bench.device.name,
         "size_bytes": path.stat().st_size,

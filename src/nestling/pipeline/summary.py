@@ -200,6 +200,16 @@ def _notes(members: list[dict[str, Any]], result: SearchResult | None) -> list[s
     if unstable:
         names = ", ".join(unstable)
         notes.append(f"The machine was busy while these were timed; do not trust their latency: {names}.")
+    moved = [
+        f"{card['name']} ({told['kernels']:.0%} of the nodes, {told['time']:.0%} of the time)"
+        for card in members
+        if (told := card.get("elsewhere")) is not None and told["kernels"] > 0  # a run of before has none
+    ]
+    if moved:
+        notes.append(
+            "Parts of these ran on another provider than the device's address asks for, which its "
+            f"allow_fallback permits; their latency is of both: {', '.join(moved)}."
+        )
     official = [card["name"] for card in members if card.get("writer", "nestling") != "nestling"]
     if official:
         notes.append(
