@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DeviceSummary,
         FileProfile,
         Forecast,
+        Refusal,
         ReportFiles,
         SearchResult,
         Spent,
@@ -316,10 +317,17 @@ def _top1(row: Mapping[str, Any]) -> str:
     return f"{row['top1']:.2%} ({low:.1%}-{high:.1%})"
 
 
-def print_profiles(profiles: Sequence[FileProfile], *, nodes: bool, as_json: bool) -> None:
-    """What files take on devices, a column each; then where their time goes, if `nodes` says so."""
+def print_profiles(
+    profiles: Sequence[FileProfile], *, refused: Sequence[Refusal] = (), nodes: bool, as_json: bool
+) -> None:
+    """What files take on devices, a column each; then where their time goes, if `nodes` says so.
+
+    Those that were `refused` have columns too, which say so; the command's error says why.
+    """
     if as_json:
-        print(json.dumps([profile.to_json() for profile in profiles], indent=2))
+        print(json.dumps([one.to_json() for one in (*profiles, *refused)], indent=2))
+        return
+    if not profiles:
         return
     table = Table(title="Timed in turns with a reference model", title_justify="left")
     table.add_column("")
@@ -330,6 +338,9 @@ def print_profiles(profiles: Sequence[FileProfile], *, nodes: bool, as_json: boo
             row = rows.setdefault(name, [])
             row.extend([""] * (number - len(row)))
             row.append(told)
+    for one in refused:
+        table.add_column(f"{one.what}\n{one.device}", justify="right", overflow="fold")
+        rows["median"].append("none: refused")
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console = _wide()
@@ -391,10 +402,12 @@ def _node_table(profile: FileProfile, *, most: int = 25) -> Table:
     return table
 
 
-def print_comparisons(compared: Sequence[Comparison], *, as_json: bool) -> None:
-    """How many times faster one file is than another, on each device."""
+def print_comparisons(
+    compared: Sequence[Comparison], *, refused: Sequence[Refusal] = (), as_json: bool
+) -> None:
+    """How many times faster one file is than another, on each device; the command's error tells why not."""
     if as_json:
-        print(json.dumps([one.to_json() for one in compared], indent=2))
+        print(json.dumps([one.to_json() for one in (*compared, *refused)], indent=2))
         return
     console = Console(soft_wrap=True)
     for one in compared:

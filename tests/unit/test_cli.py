@@ -211,6 +211,20 @@ def test_a_file_is_profiled_as_a_table_and_as_json(tmp_path: Path) -> None:
     assert sum(node["op"] == "Conv" for node in held["nodes"]) == 28
 
 
+def test_a_device_that_refuses_costs_no_other_its_figures(tmp_path: Path) -> None:
+    model = tmp_path / "reference.onnx"
+    model.write_bytes(reference_model())
+    words = ("profile", str(model), "nowhere.onnx", "--seconds", "0.02")
+    done = _nestling(*words, "--device", "ort:gpu", "--device", "ort:cpu", "--json")
+    assert done.returncode == 3
+    told = json.loads(done.stdout)
+    assert told[0]["device"] == "ort:cpu?threads=1"
+    assert told[0]["latency_ms"] > 0
+    refused = [(one["model"], one["device"]) for one in told[1:]]
+    assert refused == [(str(model), "ort:gpu"), ("nowhere.onnx", "ort:gpu"), ("nowhere.onnx", "ort:cpu")]
+    assert [line.startswith("error: ") for line in done.stderr.splitlines()] == [True, True]
+
+
 @pytest.mark.timing
 def test_the_reference_model_takes_as_long_as_itself(tmp_path: Path) -> None:
     model = tmp_path / "reference.onnx"

@@ -22,7 +22,7 @@ from nestling.pipeline.stages import (
 )
 from nestling.pipeline.studies import limit_overrides, searched
 from nestling.pipeline.training import join_ranks, train_supernet
-from nestling.profile import Comparison, DeviceSummary, FileProfile
+from nestling.profile import Comparison, DeviceSummary, FileProfile, Refusal
 from nestling.quant import PRECISIONS
 from nestling.report import ReportFiles
 from nestling.search import SearchResult, Trial, end_with_input
@@ -38,6 +38,7 @@ __all__ = [
     "Forecast",
     "LatencyPredictor",
     "Listener",
+    "Refusal",
     "ReportFiles",
     "SearchResult",
     "Silent",

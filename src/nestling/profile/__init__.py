@@ -3,7 +3,7 @@
 from nestling.profile.address import Address, parse_address
 from nestling.profile.comparison import Comparison, compare_files
 from nestling.profile.devices import Device, connect
-from nestling.profile.file_profile import FileProfile, profile_file
+from nestling.profile.file_profile import FileProfile, Refusal, profile_file
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.known import DeviceSummary, devices_here, devices_in, with_aa_spread
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
@@ -32,6 +32,7 @@ __all__ = [
     "Measurement",
     "MeasurementStore",
     "OptimizedOp",
+    "Refusal",
     "Step",
     "StoreError",
     "WorkerDevice",

@@ -70,6 +70,21 @@ class FileProfile:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What one device, or what was wanted of it, failed with, in the place of its figures."""
+
+    what: str
+    """The files that it was to be told of."""
+    device: str
+    """The address, as it was given."""
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON knows them."""
+        return {"model": self.what, "device": self.device, "refusal": self.reason}
+
+
 def profile_file(device: Device, path: Path, *, nodes: bool = False) -> FileProfile:
     """What the file is like on the device; with the time of each node where `nodes` says so.
 

@@ -30,7 +30,7 @@ class DeviceSummary:
     source: str
     """`here` for a runtime of this machine, else the store that holds measurements of the device."""
     refusal: str = ""
-    """Why it cannot be used, where it is here and cannot."""
+    """Why it cannot be used, or its noise cannot be told, where it is here."""
     measurements: int = 0
     """In the store."""
     interval: float | None = None
@@ -102,13 +102,15 @@ def devices_in(store: Path) -> list[DeviceSummary]:
 def with_aa_spread(summary: DeviceSummary, *, rounds: int = ROUNDS) -> DeviceSummary:
     """The summary with the spread of the reference model's ratio to itself, measured now.
 
-    Raises:
-        DeviceError: the device cannot be reached, or fails.
+    Where the device cannot be reached, or fails, the summary has that as its refusal.
     """
-    with tempfile.TemporaryDirectory() as folder, connect(summary.address) as device:
-        same = Path(folder) / "reference.onnx"
-        same.write_bytes(reference_model())
-        compared = compare_files(device, same, same, rounds=rounds)
+    try:
+        with tempfile.TemporaryDirectory() as folder, connect(summary.address) as device:
+            same = Path(folder) / "reference.onnx"
+            same.write_bytes(reference_model())
+            compared = compare_files(device, same, same, rounds=rounds)
+    except DeviceError as error:
+        return replace(summary, refusal=str(error))
     return replace(summary, aa_spread=statistics.stdev(compared.speedups))
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nestling.profile import Measurement, MeasurementStore, devices_in
+from nestling.profile import (
+    DeviceSummary,
+    Fingerprint,
+    Measurement,
+    MeasurementStore,
+    devices_in,
+    with_aa_spread,
+)
 
 
 def test_a_store_tells_its_devices_and_how_noisy_each_was(
@@ -30,3 +37,9 @@ def test_a_store_tells_its_devices_and_how_noisy_each_was(
     assert two.interval == pytest.approx((high - low) / 2 / restless.ratio)
     assert two.reference_spread is None  # of one measurement
     assert one.to_json()["fingerprint_key"] == quiet.fingerprint.key
+
+
+def test_a_device_whose_noise_cannot_be_told_says_why(fingerprint: Fingerprint) -> None:
+    found = with_aa_spread(DeviceSummary("ort:gpu", fingerprint, "here"))
+    assert found.aa_spread is None
+    assert "ort:gpu" in found.refusal
