@@ -325,7 +325,8 @@ def print_profiles(
     Those that were `refused` have columns too, which say so; the command's error says why.
     """
     if as_json:
-        print(json.dumps([one.to_json() for one in (*profiles, *refused)], indent=2))
+        told = [profile.to_json() for profile in profiles] + [one.to_json() for one in refused]
+        print(json.dumps(told, indent=2))
         return
     if not profiles:
         return
@@ -407,7 +408,8 @@ def print_comparisons(
 ) -> None:
     """How many times faster one file is than another, on each device; the command's error tells why not."""
     if as_json:
-        print(json.dumps([one.to_json() for one in (*compared, *refused)], indent=2))
+        told = [dict(one.to_json()) for one in compared] + [one.to_json() for one in refused]
+        print(json.dumps(told, indent=2))
         return
     console = Console(soft_wrap=True)
     for one in compared:
@@ -468,6 +470,14 @@ def print_latency(found: Mapping[str, Any], *, as_json: bool) -> None:
             table.add_row(words, f"{told['mape']:.1%}", f"{told['tau']:.3f}")
     console = _wide()
     console.print(table)
+    untold = {
+        words: found["networks"] - found["held_out"][name]["told"]
+        for name, words in names.items()
+        if name in found["held_out"]
+    }
+    for words, count in untold.items():
+        if count:
+            console.print(f"the {words} cannot tell {count} of them; all are judged on the others")
     console.print(f"on {found['told']}", markup=False, highlight=False)
 
 

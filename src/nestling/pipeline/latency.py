@@ -27,7 +27,7 @@ from nestling.pipeline.studies import REFERENCE, searched
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Measurement
-from nestling.profile.held_out import by_macs, by_model, by_table, held_out, quality
+from nestling.profile.held_out import by_macs, by_model, by_table, held_out, qualities
 from nestling.profile.prediction import LEAST, Description, LatencyModel, describe, fit, predict
 from nestling.run import RunError
 from nestling.search import EvaluationFailed
@@ -294,10 +294,11 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
     if with_blocks:
         parts = [block_signatures(bench.family, arch, keep=keep) for arch in rows]
         learners["table"] = by_table(known["blocks"], parts, ratios)
-    found = {
-        name: asdict(quality(held_out(len(ratios), learn, parts=PARTS, seed=bench.config.seed), ratios))
+    told_of = {
+        name: held_out(len(ratios), learn, parts=PARTS, seed=bench.config.seed)
         for name, learn in learners.items()
     }
+    found = {name: asdict(one) for name, one in qualities(told_of, ratios).items()}
     reference = _reference(bench, known)
     told = {
         "device": known["device"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -11,6 +12,8 @@ from scipy.stats import kendalltau
 from nestling.profile.lookup_table import fit_table, look_up
 from nestling.profile.prediction import Description, Floats, fit, predict
 
+LEAST_TOLD = 2
+"""Networks that have an order."""
 Learner = Callable[[Sequence[int], Sequence[int]], Floats]
 """Learns from the networks of some numbers, and gives the latencies of those of others."""
 
@@ -99,7 +102,7 @@ class Quality:
     Attributes:
         mape: the mean absolute error, as a part of what was measured.
         tau: Kendall's tau-b with what was measured: 1 where the order is the same.
-        told: of how many networks; of the others nothing is told.
+        told: of how many networks something is told; it may be judged on fewer, see `qualities`.
     """
 
     mape: float
@@ -114,3 +117,26 @@ def quality(told: Floats, measured: Sequence[float]) -> Quality:
     errors = np.abs(told[known] / right - 1)
     tau = kendalltau(told[known], right).statistic
     return Quality(float(errors.mean()), float(tau), int(known.sum()))
+
+
+def qualities(told: Mapping[str, Floats], measured: Sequence[float]) -> dict[str, Quality]:
+    """How well each way tells latencies, all of them judged on the networks that all of them can tell.
+
+    A way that cannot tell what is hard to tell would look better than one that tries. One that tells fewer
+    than two networks has nan, and leaves the others as they are.
+
+    Args:
+        told: latencies (N,) by the way's name, nan where it tells none.
+        measured: the right ones (N,).
+    """
+    counts = {name: int(np.isfinite(one).sum()) for name, one in told.items()}
+    useful = [np.isfinite(one) for name, one in told.items() if counts[name] >= LEAST_TOLD]
+    common = np.logical_and.reduce(useful) if useful else np.zeros(len(measured), dtype=bool)
+    found = {}
+    for name, one in told.items():
+        judged = np.where(common, one, np.nan)
+        figures = Quality(math.nan, math.nan, 0)
+        if np.isfinite(judged).sum() >= LEAST_TOLD:
+            figures = quality(judged, measured)
+        found[name] = replace(figures, told=counts[name])
+    return found

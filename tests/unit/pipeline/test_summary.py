@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nestling.pipeline.summary import _notes, improvement_told
@@ -18,9 +20,9 @@ def test_the_gain_over_chance_comes_with_its_interval() -> None:
 
 
 def test_what_ran_on_another_provider_is_a_note_with_its_share() -> None:
-    plain = {"unstable": False}
+    plain: dict[str, Any] = {"unstable": False}
     moved = {"elsewhere": {"kernels": 0.25, "time": 0.5}}
-    cards = [
+    cards: list[dict[str, Any]] = [
         {**plain, "name": "01-a", **moved},
         {**plain, "name": "02-b", "elsewhere": {"kernels": 0.0, "time": 0.0}},
         {**plain, "name": "03-c", "elsewhere": None},

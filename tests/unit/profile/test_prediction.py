@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nestling.profile.held_out import by_macs, by_model, by_table, held_out, quality
+from nestling.profile.held_out import by_macs, by_model, by_table, held_out, qualities, quality
 from nestling.profile.lookup_table import fit_table, look_up
 from nestling.profile.prediction import LEAST, LatencyModel, Step, describe, fit, predict
 
@@ -182,3 +182,18 @@ def test_a_block_that_was_not_measured_is_named_or_left_out() -> None:
     told = by_table({"a": 1.0}, [["a"], ["a", "a"], ["z"]], [2.0, 3.0, 9.0])([0, 1, 2], [0, 2])
     assert told[0] == pytest.approx(2.0)
     assert np.isnan(told[1])
+
+
+def test_all_ways_are_judged_on_what_all_can_tell() -> None:
+    measured, nan = [1.0, 2.0, 3.0, 4.0], np.nan
+    told = {
+        "whole": np.array([1.1, 2.2, 3.3, 40.0]),
+        "choosy": np.array([1.2, 2.4, 3.6, nan]),
+        "mute": np.array([nan, nan, nan, 4.0]),
+    }
+    found = qualities(told, measured)
+    assert [found[name].told for name in told] == [4, 3, 1]
+    assert found["whole"].mape == pytest.approx(0.1)
+    assert found["choosy"].mape == pytest.approx(0.2)
+    assert np.isnan(found["mute"].mape)
+    assert quality(told["whole"], measured).mape > 1
