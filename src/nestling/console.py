@@ -325,8 +325,8 @@ def print_profiles(
     Those that were `refused` have columns too, which say so; the command's error says why.
     """
     if as_json:
-        told = [profile.to_json() for profile in profiles] + [one.to_json() for one in refused]
-        print(json.dumps(told, indent=2))
+        content = [profile.to_json() for profile in profiles] + [one.to_json() for one in refused]
+        print(json.dumps(content, indent=2))
         return
     if not profiles:
         return

@@ -29,6 +29,8 @@ class Board:
     cause: str = ""
     """Why it was set aside last."""
     probing: bool = field(default=False)
+    recent: list[float] = field(default_factory=list)
+    """What the reference model took in its last stable measurements, in milliseconds."""
 
     @property
     def name(self) -> str:

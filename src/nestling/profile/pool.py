@@ -153,6 +153,7 @@ class DevicePool:
                         raise lost.error from None
                     continue
                 measurement = self._of_class(taken)
+                self._roster.watch(loan.board, taken)
                 if self.queue.finish(loan.lease, measurement.to_json()):
                     return self._keep(job, measurement)
 

@@ -13,13 +13,18 @@ import numpy as np
 
 from nestling.profile.boards import Board, Calibration, DeviceClass
 from nestling.profile.leases import Job, Lease, LeaseQueue
+from nestling.profile.measurement import Measurement
 from nestling.profile.store import StoreError
 from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
 from nestling.profile.worker_device import WorkerDevice
 
 CALIBRATION_SECONDS = 0.5
+CALIBRATIONS = 3
+"""How often a board is calibrated at most, where that is unstable."""
 SPREAD = 0.25
 """How much slower or faster than the others a board may be, as a part."""
+DRIFTED = 3
+"""Measurements in a row in which a board must be another than at its calibration to be set aside."""
 PATIENCE_SECONDS = 600.0
 """How long a pool without a board in service waits for one."""
 POLL_SECONDS = 0.05
@@ -45,6 +50,11 @@ class Loan:
 
     board: Board
     lease: Lease
+
+
+def reference_ms(taken: Measurement) -> float:
+    """What the reference model took in a measurement: the median."""
+    return float(np.median(taken.reference_seconds)) * 1e3
 
 
 class Roster:
@@ -189,6 +199,35 @@ class Roster:
             board.succeeded()
         return done
 
+    def watch(self, board: Board, taken: Measurement) -> None:
+        """Sets the board aside where the reference model now takes longer there than on others of its class.
+
+        It takes `DRIFTED` stable measurements in a row, and as many on another board that show no such
+        thing: where all boards became slower, each is as good as the others.
+        """
+        if taken.unstable or self._class is None:
+            return
+        with self._lock:
+            board.recent = [*board.recent, reference_ms(taken)][-DRIFTED:]
+            objections = self._objections(board)
+            fine = any(
+                None in self._objections(other)
+                for other in self._boards
+                if other is not board and other.in_service and len(other.recent) == DRIFTED
+            )
+            if None in objections or not fine or not board.in_service:
+                return
+            board.recent = []
+            board.set_aside(str(objections[-1]), now=self._clock())
+        self._tell(f"{board.name} is set aside: {board.cause}")
+
+    def _objections(self, board: Board) -> list[str | None]:
+        """What speaks against the board in each of its last measurements; None where there were too few."""
+        if self._class is None or len(board.recent) < DRIFTED:
+            return [None]
+        found = (Calibration(self._class.fingerprint, took) for took in board.recent)
+        return [self._class.objection(one) for one in found]
+
     def wait(self) -> None:
         """Waits a moment for a board to become free."""
         self._closed.wait(POLL_SECONDS)
@@ -239,12 +278,19 @@ class Roster:
                     return "the pool was closed"
             with self.held(Loan(board, lease)):
                 board.device.start()
-                taken = board.device.calibrate(seconds=CALIBRATION_SECONDS)
+                taken = self._calibrated(board)
         except (DeviceError, StoreError) as error:
             return str(error)
         except Exception as error:  # one board must not end the pool or its own probing, whatever it answers
             return f"{board.name}: {type(error).__name__}: {error}"
-        return Calibration(taken.fingerprint, float(np.median(taken.reference_seconds)) * 1e3)
+        return Calibration(taken.fingerprint, reference_ms(taken))
+
+    def _calibrated(self, board: Board) -> Measurement:
+        """How long the reference model takes on the board: the first that is stable, else the fastest."""
+        taken = [board.device.calibrate(seconds=CALIBRATION_SECONDS)]
+        while taken[-1].unstable and len(taken) < CALIBRATIONS:
+            taken.append(board.device.calibrate(seconds=CALIBRATION_SECONDS))
+        return taken[-1] if not taken[-1].unstable else min(taken, key=reference_ms)
 
     def _judge(self, board: Board, visit: Calibration | str, settled: DeviceClass) -> None:
         """Puts the board into service or sets it aside, by what a visit found."""

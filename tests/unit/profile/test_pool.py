@@ -55,6 +55,7 @@ class FakeBoard:
         self.unreachable = False
         self.nonsense: Exception | None = None
         """What starting it raises, though no transport should."""
+        self.restless = 0
         self.gate: threading.Event | None = None
         self._now = 0
 
@@ -95,6 +96,9 @@ class FakeBoard:
 
     def _time(self, request: Mapping[str, Any]) -> Answer:
         reference = int(self.reference_ms * 1e6)
+        if request["seconds"] != 1.0 and self.restless:
+            self.restless -= 1
+            return Answer({}, np.array([[reference] * 20 + [3 * reference] * 20] * 2, "<i8").tobytes())
         if request["seconds"] != 1.0:  # the pool calibrates
             return Answer({}, np.array([[reference] * 40] * 2, "<i8").tobytes())
         if self.gate is not None:
@@ -341,6 +345,52 @@ def test_a_board_of_another_speed_is_set_aside_with_figures(make: Made, told: li
         "the others, 1.48 times as long; 1.25 times is the most in one class"
     ]
     assert make(FakeBoard(), FakeBoard(reference_ms=1.2)).start().cpu == "A CPU"
+
+
+@pytest.mark.parametrize(("restless", "in_service"), [(2, 3), (3, 2)])
+def test_an_unstable_calibration_is_taken_again_twice(make: Made, restless: int, in_service: int) -> None:
+    board = FakeBoard()
+    board.restless = restless
+    pool = make(FakeBoard(), board, FakeBoard())
+    pool.start()
+    assert board.restless == 0
+    assert len(pool.in_service) == in_service
+
+
+def test_a_board_that_became_slower_than_the_others_is_set_aside(
+    make: Made, told: list[str], tmp_path: Path
+) -> None:
+    pool = make(FakeBoard(), FakeBoard())
+    calm = pool.measure(files(tmp_path, 1)[0])
+    slow = replace(calm, reference_seconds=(1.5e-3,) * 40)
+    roster = pool._roster
+    first, second = roster._boards
+    assert first.recent == [1.0]  # of what was measured
+    for _ in range(5):
+        roster.watch(first, slow)
+    roster.watch(second, calm)
+    assert len(pool.in_service) == 2  # too little is known of the other one
+    roster.watch(first, calm)
+    for _ in range(2):
+        roster.watch(first, slow)
+        roster.watch(second, calm)
+    assert len(pool.in_service) == 2  # it was itself a moment ago
+    roster.watch(first, replace(slow, seconds=(1e-3, 9e-3) * 20))
+    assert len(pool.in_service) == 2  # an unstable measurement tells nothing
+    roster.watch(first, slow)
+    assert pool.in_service == (second.name,)
+    assert (
+        "ssh://0/ort:cpu?threads=1 is set aside: the reference model takes 1.5 ms there and 1 ms" in told[0]
+    )
+
+
+def test_boards_that_became_slower_together_stay_in_service(make: Made, tmp_path: Path) -> None:
+    pool = make(FakeBoard(), FakeBoard())
+    slow = replace(pool.measure(files(tmp_path, 1)[0]), reference_seconds=(1.5e-3,) * 40)
+    for _ in range(5):
+        for board in pool._roster._boards:
+            pool._roster.watch(board, slow)
+    assert len(pool.in_service) == 2
 
 
 def test_of_two_boards_the_faster_one_is_believed(make: Made) -> None:
