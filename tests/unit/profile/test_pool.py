@@ -378,7 +378,7 @@ def test_a_board_that_became_slower_than_the_others_is_set_aside(
     roster.watch(first, replace(slow, seconds=(1e-3, 9e-3) * 20))
     assert len(pool.in_service) == 2  # an unstable measurement tells nothing
     roster.watch(first, slow)
-    assert pool.in_service == (second.name,)
+    assert [*pool.in_service] == [second.name]
     assert (
         "ssh://0/ort:cpu?threads=1 is set aside: the reference model takes 1.5 ms there and 1 ms" in told[0]
     )
