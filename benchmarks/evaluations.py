@@ -1,16 +1,19 @@
-"""Evaluations of archs that several searches share: each arch is evaluated once, and kept in a file."""
+"""What benchmarks of searches on a trained supernet share: evaluations, kept in files, and their options."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from record import store
+from record import Benchmark, store
 from strategies import T_QUANTILES
 
+from nestling.config import ConfigError, override_config
 from nestling.pipeline.candidate import (
     PAUSES,
     candidate_metrics,
@@ -19,7 +22,11 @@ from nestling.pipeline.candidate import (
     score,
     write_candidate,
 )
+from nestling.pipeline.costs import Costs, known_costs
+from nestling.pipeline.listening import Silent
 from nestling.pipeline.workbench import Workbench
+from nestling.run import RunError
+from nestling.search import Problem
 from nestling.space import Arch
 
 KINDS = ("searched", "judged")
@@ -66,6 +73,59 @@ class Evaluator:
         model.unlink()
         store(path, metrics)
         return metrics
+
+
+class Telling(Silent):
+    """Prints notes."""
+
+    def note(self, text: str) -> None:
+        """Prints `text`."""
+        print(text, flush=True)
+
+
+def told_beforehand(bench: Workbench, asked: Problem, *, strategy: str, trials: int) -> Costs:
+    """What `nestling search` tells a `strategy` that looks for `asked`; kept in the run's folder."""
+    given = bench.config
+    bench.config = override_config(given, [f"search.strategy={strategy}", f"search.trials={trials}"])
+    try:
+        return known_costs(bench, asked=asked, listener=Telling())
+    finally:
+        bench.config = given
+
+
+def searching_parser(
+    made: Benchmark, *, trials: Sequence[int], seeds: Sequence[int] = (3, 1)
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that searches a run's space; each pair is the default, and a quick one's."""
+    parser = made.parser()
+    parser.add_argument("run", type=Path, nargs="?", help="the folder of a run whose training is finished")
+    parser.add_argument(
+        "--trials", type=int, help=f"candidates a search [default: {trials[0]}; quick {trials[1]}]"
+    )
+    parser.add_argument("--seeds", type=int, help=f"[default: {seeds[0]}; quick {seeds[1]}]")
+    parser.add_argument("--work", type=Path, help=f"[default: {made.name} in the run's folder]")
+    parser.add_argument("--quick", action="store_true", help="few candidates, one seed; figures of its own")
+    parser.set_defaults(sizes=(tuple(trials), tuple(seeds)))
+    return parser
+
+
+def run_searching(
+    make: Callable[[str], Benchmark], parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> int:
+    """The exit code of the benchmark that `make` makes in a size, with options of `searching_parser`."""
+    made = make("quick" if options.quick else "cpu")
+    if options.stored:
+        return made.run(options)
+    if options.run is None:
+        parser.error("give RUN, the folder of a run whose training is finished, or --stored")
+    trials, seeds = options.sizes
+    options.trials = options.trials or trials[options.quick]
+    options.seeds = options.seeds or seeds[options.quick]
+    try:
+        return made.run(options)
+    except (ConfigError, RunError) as error:
+        print(f"{options.run}: {error}", file=sys.stderr)
+        return 2
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 On the supernet of a finished run (for CIFAR-10: `nestling train configs/cifar10_cpu.toml`), both evaluate the
 same number of candidates, as `nestling search` does: accuracy of the file on the search images, latency of
 the file as a part of the reference model's, bytes of the file. Objectives and limits are those of the run's
-configuration; both begin with the same archs, from the smallest to the largest.
+configuration; both begin with the same archs, from the smallest to the largest. Costs that are computed, and
+what a latency model of the run tells, are told to ours as the product tells them; NSGA-II reads neither.
 
 An arch is evaluated once, for both and for all seeds: they can differ by the archs that they choose, and by
 nothing else. A measurement that is unstable is taken again, twice, and used with a flag where it stays so.
@@ -28,17 +29,15 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluations import Evaluator, mean_and_half
+from evaluations import Evaluator, mean_and_half, run_searching, searching_parser, told_beforehand
 from record import Benchmark, Figures
 
-from nestling.config import ConfigError, override_config
+from nestling.config import override_config
 from nestling.pipeline import open_run
 from nestling.pipeline.studies import problem
-from nestling.run import RunError
 from nestling.search import Problem, SearchResult, Trial, search
 from nestling.search.pareto import hypervolume, nondominated
 from nestling.space import Arch
@@ -96,6 +95,7 @@ def searched(
         if len(result.trials) % 25 == 0 or trial.state == "failed":
             print(f"seed {seed}, {method}: {len(result.trials)} candidates {trial.reason}", flush=True)
 
+    costs = told_beforehand(evaluator.bench, asked, strategy=method, trials=options.trials)
     return search(
         asked,
         evaluator.searched,
@@ -105,6 +105,8 @@ def searched(
         strategy=method,
         population=options.population,
         seed=seed,
+        exact=costs.exact,
+        priors=costs.priors,
         on_trial=told,
     )
 
@@ -208,26 +210,9 @@ def benchmark(size: str = "cpu") -> Benchmark:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = benchmark().parser()
-    parser.add_argument("run", type=Path, nargs="?", help="the folder of a run whose training is finished")
-    parser.add_argument("--trials", type=int, help="candidates a search [default: 150; quick 24]")
-    parser.add_argument("--seeds", type=int, help="[default: 3; quick 1]")
+    parser = searching_parser(benchmark(), trials=(MARKS[-1], 24))
     parser.add_argument("--population", type=int, default=20, help="of NSGA-II [default: 20]")
-    parser.add_argument("--work", type=Path, help="[default: search_cifar in the run's folder]")
-    parser.add_argument("--quick", action="store_true", help="few candidates, one seed; figures of its own")
-    options = parser.parse_args(words)
-    made = benchmark("quick" if options.quick else "cpu")
-    if options.stored:
-        return made.run(options)
-    if options.run is None:
-        parser.error("give RUN, the folder of a run whose training is finished, or --stored")
-    options.trials = options.trials or (24 if options.quick else MARKS[-1])
-    options.seeds = options.seeds or (1 if options.quick else 3)
-    try:
-        return made.run(options)
-    except (ConfigError, RunError) as error:
-        print(f"{options.run}: {error}", file=sys.stderr)
-        return 2
+    return run_searching(benchmark, parser, parser.parse_args(words))
 
 
 if __name__ == "__main__":

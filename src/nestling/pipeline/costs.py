@@ -29,7 +29,7 @@ from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
 from nestling.quant import Recipe, quantize
-from nestling.search import InfeasibleLimit
+from nestling.search import InfeasibleLimit, Problem
 from nestling.search.encoding import Codes, Encoding
 from nestling.search.learned import Learned, cheapest, learn
 from nestling.search.losses import Exact
@@ -68,8 +68,8 @@ class Costs:
     priors: Mapping[str, Exact]
 
 
-def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
-    """What the run's search need not learn from its trials.
+def known_costs(bench: Workbench, *, listener: Listener, asked: Problem | None = None) -> Costs:
+    """What the run's search, or one for `asked` in a part of its space, need not learn from its trials.
 
     The size of the file and the peak of its activations are computed where they are objectives or limits.
     Multiply-accumulates always are: accuracy and latency are learnt from fewer candidates beside them. A
@@ -82,19 +82,19 @@ def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
     """
     if bench.config.search.strategy not in READS_THEM:
         return Costs({}, {})
-    asked = problem(bench)
+    asked = asked or problem(bench)
     exact: dict[str, Exact] = {}
     for metric, ask in _computed(bench).items():
         if metric not in asked.needed() and metric != "mmacs":
             continue
         kept = _Kept(bench, metric, ask)
         try:
-            learned = kept.learned(metric)
+            learned = kept.learned(metric, asked.space)
         except (Untraceable, ValueError) as error:
             listener.note(f"{metric} is learnt from the candidates, it cannot be computed: {error}")
             continue
         if metric != "mmacs":  # they are least in the smallest network, which was looked at
-            _refuse_infeasible(bench, metric, learned, kept)
+            _refuse_infeasible(asked, metric, learned, kept)
         if learned.typical > OFF_AT_MOST:
             listener.note(
                 f"{metric} is learnt from the candidates: what was computed of {len(learned.known)} networks "
@@ -105,8 +105,8 @@ def known_costs(bench: Workbench, *, listener: Listener) -> Costs:
             f"{metric} is computed, not learnt: of {len(learned.known)} networks exactly, of others by what "
             f"these tell, {learned.typical:.2%} off ({learned.worst:.1%} at most)"
         )
-        exact[metric] = partial(_times_pixels, bench.space, learned) if metric == "mmacs" else learned
-    return Costs(exact, _latency_prior(bench, listener) if "latency_ms" in asked.needed() else {})
+        exact[metric] = partial(_times_pixels, asked.space, learned) if metric == "mmacs" else learned
+    return Costs(exact, _latency_prior(bench, asked, listener) if "latency_ms" in asked.needed() else {})
 
 
 def _times_pixels(space: SearchSpace, per_pixel: Exact, codes: Codes) -> NDArray[np.float64]:
@@ -134,15 +134,15 @@ class _Kept:
                 self.keep()
         return self._known[arch.key]
 
-    def learned(self, metric: str) -> Learned:
-        """What stands for the function, which gives `metric` (MACs: for each pixel).
+    def learned(self, metric: str, space: SearchSpace) -> Learned:
+        """What stands in `space` for the function, which gives `metric` (MACs: for each pixel).
 
         Raises:
             Exception: as the function does.
         """
         enough = max(LEAST_SAMPLES, PER_TRIAL * self._bench.config.search.trials)
         ask = self._per_pixel if metric == "mmacs" else self
-        found = learn(self._bench.space, ask, samples=min(enough, SAMPLES[metric]))
+        found = learn(space, ask, samples=min(enough, SAMPLES[metric]))
         self.keep()
         return found
 
@@ -195,17 +195,17 @@ def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
         return cost_metrics(Candidate(arch, path, floats, policy, quantized))
 
 
-def _refuse_infeasible(bench: Workbench, metric: str, learned: Learned, ask: _Kept) -> None:
+def _refuse_infeasible(asked: Problem, metric: str, learned: Learned, ask: _Kept) -> None:
     """Refuses a limit on `metric` that the cheapest archs do not keep.
 
     Raises:
         InfeasibleLimit: see there.
     """
-    limit = next((limit for limit in problem(bench).limits if limit.metric == metric), None)
+    limit = next((limit for limit in asked.limits if limit.metric == metric), None)
     if limit is None or any(value <= limit.bound for value in learned.known.values()):
         return
     cost, arch = min(
-        ((ask(arch), arch) for arch in cheapest(bench.space, learned, count=TRIED_CHEAPEST)), key=_first
+        ((ask(arch), arch) for arch in cheapest(asked.space, learned, count=TRIED_CHEAPEST)), key=_first
     )
     ask.keep()
     if limit.bound < (1 - SPARED) * cost:
@@ -219,7 +219,7 @@ def _first(found: tuple[float, Arch]) -> float:
     return found[0]
 
 
-def _latency_prior(bench: Workbench, listener: Listener) -> dict[str, Exact]:
+def _latency_prior(bench: Workbench, asked: Problem, listener: Listener) -> dict[str, Exact]:
     """The logarithm of the latency that the run's model predicts; nothing where there is no good one."""
     predictor = load_predictor(bench)
     if predictor is None:
@@ -239,7 +239,7 @@ def _latency_prior(bench: Workbench, listener: Listener) -> dict[str, Exact]:
     digest = hashlib.sha256(json.dumps(told["model"]).encode()).hexdigest()[:16]
     kept = _Kept(bench, f"latency_ms by {digest}", partial(predict_latency, predictor))
     try:
-        learned = kept.learned("latency_ms")
+        learned = kept.learned("latency_ms", asked.space)
     except ValueError as error:
         listener.note(f"{where} is not used: {error}")
         return {}
@@ -247,7 +247,7 @@ def _latency_prior(bench: Workbench, listener: Listener) -> dict[str, Exact]:
         f"{where} helps to learn latencies: Kendall tau {tau:.2f} on networks that were left out of "
         f"{told['networks']}"
     )
-    limit = next((limit for limit in problem(bench).limits if limit.metric == "latency_ms"), None)
+    limit = next((limit for limit in asked.limits if limit.metric == "latency_ms"), None)
     least = min(learned.known.values())
     if limit is not None and least > limit.bound:
         listener.note(f"no network is predicted to keep {limit}: the fastest may take {least:.4g} ms")

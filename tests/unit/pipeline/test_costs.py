@@ -20,7 +20,7 @@ from nestling.pipeline.listening import Silent
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint
 from nestling.run import Run
-from nestling.search import InfeasibleLimit
+from nestling.search import InfeasibleLimit, Problem
 from nestling.search.encoding import Encoding
 from nestling.space import Arch, SearchSpace, load_space
 
@@ -229,3 +229,14 @@ def test_a_latency_model_that_is_not_good_or_not_of_this_device_is_left_out_and_
     assert known_costs(bench, listener=listener).priors == {}
     assert len(listener.notes) == 1
     assert re.search(why, listener.notes[0])
+
+
+def test_what_is_known_can_be_of_a_part_of_the_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workbench, "macs", toy_macs)
+    bench = opened(folder)
+    part = bench.space.with_constants({"s1.width": 8, "resolution": 16})
+    asked = Problem.parse(part, objectives=["top1"], limits={})
+    exact = known_costs(bench, listener=Silent(), asked=asked).exact["mmacs"]
+    codes = Encoding(part).sample(20, np.random.default_rng(3))
+    truth = [toy_macs(None, arch) / 1e6 for arch in Encoding(part).archs(codes)]
+    assert exact(codes) == pytest.approx(truth, rel=0.2)
