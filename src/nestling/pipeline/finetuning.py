@@ -231,7 +231,9 @@ def _finetune(
     records = [(part / "records.jsonl").read_bytes() for part in record_folders(checkpoints)]
     write_atomically(folder / "training.jsonl", b"".join(records))
     more = {"finetuning": {**_settings(asked), "spent": spent, "before": before, "after": after}}
-    hand_over(bench, candidate, search_top1=after["search_top1"], more=more)
+    # training in few bits leaves the network in floats, which the sibling holds, as it was
+    sibling = told if asked.qat is None else None
+    hand_over(bench, candidate, search_top1=after["search_top1"], told=sibling, more=more)
 
 
 def _recipe(bench: Workbench, arch: Arch, asked: Tuning) -> TrainConfig:

@@ -100,6 +100,7 @@ def hand_over(
     candidate: Candidate,
     *,
     search_top1: float | None,
+    told: Mapping[str, str] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The figures of `candidate`, each measured on its file, beside which all else is now written.
@@ -108,6 +109,7 @@ def hand_over(
         bench: the run.
         candidate: its file is `model.onnx` in a folder of its own.
         search_top1: of the search.
+        told: metadata that the file of the unquantized sibling has beside a candidate's.
         more: stands in `card.json` as well, which is written last: a folder with one is whole.
 
     Raises:
@@ -119,7 +121,7 @@ def hand_over(
     if candidate.is_quantized and graph is not None:
         sibling = folder / "model_fp32.onnx"
         model = to_onnx(graph, dynamic_batch=bench.config.export.dynamic_batch)
-        save_onnx(with_metadata(model, file_metadata(bench, arch)), sibling)
+        save_onnx(with_metadata(model, file_metadata(bench, arch) | dict(told or {})), sibling)
         plain = replace(candidate, path=sibling, policy=QuantPolicy(), quantized=Quantized(graph, {}))
         verify_candidate(bench, plain)
     export_weights(candidate.network, folder / "weights.safetensors")

@@ -50,6 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in load_onnx(path).metadata_props}
+
+
 def opened(folder: Path, device: Device) -> Workbench:
     bench = open_run(folder)
     bench.device = device
@@ -149,10 +153,10 @@ def test_it_is_handed_over_as_a_member_of_the_front_is(tuned: tuple[Workbench, d
     assert json.loads((folder / "card.json").read_text()) == card
     assert card["latency_ms"] > 0
     assert card["device"] == bench.device.name
-    metadata = {entry.key: entry.value for entry in load_onnx(folder / "model.onnx").metadata_props}
-    asked = json.loads(metadata["nestling.finetuned"])
+    told = metadata(folder / "model.onnx")
+    asked = json.loads(told["nestling.finetuned"])
     assert asked == {name: card["finetuning"][name] for name in asked}
-    assert metadata["nestling.arch_key"] == card["arch_key"] == small(bench).key
+    assert told["nestling.arch_key"] == card["arch_key"] == small(bench).key
     lines = (folder / "training.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == card["finetuning"]["spent"]["steps"]
 
@@ -269,7 +273,9 @@ def test_precisions_are_those_of_the_arch(fresh: Workbench) -> None:
     for name in ("model.onnx", "model_before.onnx"):
         operators = {node.op_type for node in load_onnx(folder / name).graph.node}
         assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    assert "QuantizeLinear" not in {n.op_type for n in load_onnx(folder / "model_fp32.onnx").graph.node}
+    plain = folder / "model_fp32.onnx"
+    assert "QuantizeLinear" not in {node.op_type for node in load_onnx(plain).graph.node}
+    assert json.loads(metadata(plain)["nestling.finetuned"])["epochs"] == 1
 
 
 def test_what_is_not_asked_for_is_the_papers_or_the_run_s(fresh: Workbench) -> None:
