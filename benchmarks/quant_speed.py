@@ -12,7 +12,7 @@ Claims:
 2. On a CPU with AVX512-VNNI, resnet18 and resnet50 are at least 2.2 times faster than in floats. Elsewhere
    the ratio is told, and not judged.
 3. MobileNetV3 and EfficientNet-B0 have a policy that is faster than floats, there as well. The time of each
-   kind of node, in floats and in integers, is told beside it.
+   kind of node, in floats and in integers, is told beside it, and so is w8a8 everywhere.
 
     python benchmarks/quant_speed.py [--check] [--seconds 4] [--networks NAME ...]
 
@@ -230,7 +230,8 @@ def search(bench: Bench, say: Callable[[str], None]) -> dict[str, Any]:
     """The fastest policy found, by blocks: from all in w8a8, the ones that lose by it go back to floats.
 
     What a block gains is read off the profiles of the float file and of the quantized one; what it really
-    gains is timed before it is believed.
+    gains is timed before it is believed. The policy is timed once more when it is found, and told by that: of
+    several timings the least is too small, as it was taken for being small.
     """
     image = bench.images[:1].numpy()
     weighted = tuple(f"{o.layer}." for o in bench.graph.operators if o.weight is not None)
@@ -245,18 +246,19 @@ def search(bench: Bench, say: Callable[[str], None]) -> dict[str, Any]:
         return QuantPolicy((("", "w8a8"), *((block, "fp32") for block in floats)))
 
     best: list[str] = []
-    found = bench.ratio(everywhere, bench.floats)
+    file, found = everywhere, bench.ratio(everywhere, bench.floats)
     tries = [{"floats": [], "ratio": found["ratio"]}]
     for block in order[:TRIES]:
         tried = [*best, block]
-        got = bench.ratio(bench.quantized(policy_without(tried)), bench.floats)
+        path = bench.quantized(policy_without(tried))
+        got = bench.ratio(path, bench.floats)
         tries.append({"floats": tried, "ratio": got["ratio"]})
         say(f"    {block} in floats as well: {got['ratio']:.3f} of floats' time")
         if got["interval"][1] < found["interval"][0]:
-            best, found = tried, got
+            best, file, found = tried, path, got
     return {
         "floats": best,
-        **found,
+        **bench.ratio(file, bench.floats),
         "tries": tries,
         "gains_us": {block: round(gain, 1) for block, gain in gains.items()},
         "nodes": {"fp32": by_kind(before), "w8a8": by_kind(after)},
@@ -315,10 +317,16 @@ def has_vnni(figures: Figures) -> bool:
 
 
 def gain(figures: Figures, name: str) -> float:
-    """How many times faster than floats the network is in w8a8, or by the policy that was found."""
+    """How many times faster than floats the network is by the policy that was found, else in w8a8."""
     found = figures["networks"][name]
-    best = found["ours / fp32"]["ratio"]
-    return 1 / (min(best, found["policy"]["ratio"]) if "policy" in found else best)
+    return 1 / found["policy" if "policy" in found else "ours / fp32"]["ratio"]
+
+
+def told(figures: Figures, name: str) -> str:
+    """How many times faster than floats `name` is in w8a8, and by the policy that was found for it."""
+    everywhere = f"{name} {1 / figures['networks'][name]['ours / fp32']['ratio']:.2f}x"
+    searched = "policy" in figures["networks"][name]
+    return everywhere + (f" (by a policy {gain(figures, name):.2f}x)" if searched else "")
 
 
 def misses(figures: Figures) -> list[str]:
@@ -338,10 +346,10 @@ def misses(figures: Figures) -> list[str]:
 def sentence(figures: Figures) -> str:
     """The figures in one line."""
     rows = figures["networks"]
-    gains = ", ".join(f"{name} {gain(figures, name):.2f}x" for name in rows)
+    gains = ", ".join(told(figures, name) for name in rows)
     worst = max(row["ours / theirs"]["ratio"] for row in rows.values())
     judged = "" if has_vnni(figures) else " (no AVX512-VNNI here, for which 2.2x is claimed: not judged)"
-    return f"as fast as floats: {gains}{judged}; at most {worst:.3f} times the runtime's own file"
+    return f"in w8a8 as fast as floats: {gains}{judged}; at most {worst:.3f} times the runtime's own file"
 
 
 BENCHMARK = Benchmark("quant_speed", __doc__, measure, sentence, misses)

@@ -390,6 +390,39 @@ def test_a_gain_is_not_judged_on_a_cpu_without_the_instruction_it_is_claimed_for
     assert judge_stored(load("quant_speed"), figures, tmp_path, "--check") == 1
 
 
+def test_a_policy_is_told_by_its_last_timing_beside_w8a8_everywhere(load: Load) -> None:
+    said = load("quant_speed").sentence(good_figures("quant_speed"))
+    assert "resnet50 2.22x, efficientnet_b0 0.91x (by a policy 1.01x)" in said
+
+
+def test_the_policy_that_is_found_is_timed_once_more(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("quant_speed")
+    ratios = iter([1.1, 0.9, 0.95, 0.98])  # everywhere; without a; without a and b; without a, again
+    timed: list[str] = []
+
+    class Bench:
+        images = torch.zeros(1, 3, 4, 4)
+        floats = "floats"
+
+        class graph:  # noqa: N801
+            operators = tuple(argparse.Namespace(layer=f"{b}.conv", weight=0) for b in "ab")
+
+        def quantized(self, policy: Any) -> str:
+            return "w8a8 but " + "".join(block for block, precision in policy.rules if precision == "fp32")
+
+        def ratio(self, one: str, _: str) -> dict[str, Any]:
+            timed.append(one)
+            value = next(ratios)
+            return {"ratio": value, "interval": [value - 0.01, value + 0.01]}
+
+    monkeypatch.setattr(module, "blocks_of", lambda _: ["a", "b"])
+    monkeypatch.setattr(module, "nodes_of", lambda *_: {})
+    found = module.search(Bench(), lambda _: None)
+    assert timed == ["w8a8 but ", "w8a8 but a", "w8a8 but ab", "w8a8 but a"]
+    assert (found["floats"], found["ratio"]) == (["a"], 0.98)
+    assert [each["ratio"] for each in found["tries"]] == [1.1, 0.9, 0.95]
+
+
 def test_a_stopwatch_counts_a_stage_inside_another_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("candidate_cost")
     times = iter([0.0, 1.0, 4.0, 10.0])
