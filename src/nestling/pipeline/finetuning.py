@@ -25,6 +25,7 @@ from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import hand_over
 from nestling.pipeline.policies import is_precision
 from nestling.pipeline.quantized_training import Method, defaults, record_folders, train_quantized
+from nestling.pipeline.teaching import TEACHERS, begin_with_teachers, check_teachers, teacher_files
 from nestling.pipeline.workbench import Workbench, macs_of
 from nestling.run import write_atomically
 from nestling.space import Arch
@@ -145,7 +146,8 @@ def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener)
     observed anew, after training in floats, or learned with `asked.qat`.
 
     Raises:
-        RunError: the supernet's training is not finished.
+        RunError: the supernet's training is not finished, or the file of the teacher's weights has changed
+            since this one's began.
         ConfigError: the teacher cannot be had, or knows other classes.
         TrainingStopped: the loss runs away; try a smaller learning rate.
         EvaluationFailed: a file does not compute what PyTorch computes.
@@ -157,9 +159,13 @@ def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener)
     known = bench.run.read_json(card)
     model = folder / "model.onnx"
     if known is not None and model.exists() and file_key(model) == known["sha256"]:
+        if "=" not in asked.teacher or Path(asked.teacher.partition("=")[2]).exists():
+            learnt_from = known["finetuning"].get("teacher_files", {})
+            check_teachers(teacher_files([asked.teacher]), learnt_from, folder=folder)
         listener.note(f"{name} is finished already")
     else:
         teachers = _teachers(bench, arch, asked)
+        begin_with_teachers(teacher_files([asked.teacher]), checkpoints / TEACHERS)
         with bench.timed("finetune"):
             _finetune(bench, arch, asked, teachers, name=name, listener=listener)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -230,7 +236,10 @@ def _finetune(
     after = _accuracies(bench, candidate.path, arch)
     records = [(part / "records.jsonl").read_bytes() for part in record_folders(checkpoints)]
     write_atomically(folder / "training.jsonl", b"".join(records))
-    more = {"finetuning": {**_settings(asked), "spent": spent, "before": before, "after": after}}
+    told_of = {"spent": spent, "before": before, "after": after}
+    if (checkpoints / TEACHERS).exists():
+        told_of["teacher_files"] = json.loads((checkpoints / TEACHERS).read_text(encoding="utf-8"))
+    more = {"finetuning": {**_settings(asked), **told_of}}
     # training in few bits leaves the network in floats, which the sibling holds, as it was
     sibling = told if asked.qat is None else None
     hand_over(bench, candidate, search_top1=after["search_top1"], told=sibling, more=more)

@@ -23,6 +23,7 @@ from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.checking import check_space
 from nestling.pipeline.floats import FloatNetworks
 from nestling.pipeline.rounding import rounded_calls
+from nestling.pipeline.teaching import TEACHERS, begin_with_teachers, teacher_files
 from nestling.profile import Device, MeasurementStore, open_device
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, Value, load_space, save_space
@@ -155,11 +156,14 @@ class Workbench:
 
         Raises:
             ValueError, FileNotFoundError: a teacher that cannot be had, or that knows other classes.
+            RunError: a file of weights has changed since the run's training began.
         """
         names, classes = self.config.train.teachers, len(self.data.classes)
         if not names:
             return None
         teachers = [load_teacher(name, classes=classes) for name in names]
+        if self.ranks.first:
+            begin_with_teachers(teacher_files(names), self.run.folder / TEACHERS)
         return SoftLabels(teachers, mean=self.data.mean, std=self.data.std).to(self.torch_device)
 
     def teachers_macs_at(self, side: int) -> int:

@@ -50,6 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in load_onnx(path).metadata_props}
 
@@ -343,6 +347,62 @@ def test_a_teacher_that_cannot_be_had_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         finetune(fresh, arch, tuning(fresh, arch, teacher=teacher), listener=Silent())
     assert not fresh.run.exports.exists()
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file that a teacher is read from."""
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"what it knew")
+
+    def load(_: str, *, classes: int) -> Teacher:
+        network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+        return Teacher(network, None, (0.5,) * 3, (0.5,) * 3)
+
+    monkeypatch.setattr("nestling.pipeline.finetuning.load_teacher", load)
+    monkeypatch.setattr("nestling.pipeline.workbench.load_teacher", load)
+    return path
+
+
+def test_a_teacher_s_file_that_has_changed_is_refused_when_training_goes_on(
+    fresh: Workbench, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = small(fresh)
+    asked = tuning(fresh, arch, epochs=1, teacher=f"resnet18={weights}")
+    name = finetuned_name(arch, asked)
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr("nestling.pipeline.finetuning.write_candidate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(fresh, arch, asked, listener=Silent())
+    before = weights.read_bytes()
+    weights.write_bytes(b"what it knows now")
+    with pytest.raises(RunError, match=f"in {weights} are no longer those that .*{name} began with") as told:
+        finetune(fresh, arch, asked, listener=Silent())
+    assert "bring that file back, or remove" in str(told.value)
+    weights.write_bytes(before)
+    card = finetune(fresh, arch, asked, listener=Silent())
+    assert card["finetuning"]["teacher_files"] == {str(weights): file_key(weights)}
+    weights.write_bytes(b"what it knows now")
+    with pytest.raises(RunError, match=f"exports/{name} began with"):
+        finetune(fresh, arch, asked, listener=Silent())
+    weights.unlink()  # what is finished needs it no longer
+    assert finetune(fresh, arch, asked, listener=Silent()) == card
+
+
+def test_a_teacher_s_file_that_has_changed_is_refused_when_a_supernet_s_training_goes_on(
+    fresh: Workbench, weights: Path, device: Device
+) -> None:
+    def again() -> Workbench:
+        bench = opened(fresh.run.folder, device)
+        taught = bench.config.train.model_copy(update={"teachers": (f"resnet18={weights}",)})
+        bench.config = bench.config.model_copy(update={"train": taught})
+        return bench
+
+    assert again().teachers is not None
+    assert again().teachers is not None
+    weights.write_bytes(b"what it knows now")
+    with pytest.raises(RunError, match=f"in {weights} are no longer those"):
+        _ = again().teachers
 
 
 def test_a_supernet_that_is_not_trained_is_refused(tmp_path: Path) -> None:
