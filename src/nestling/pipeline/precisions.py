@@ -29,7 +29,7 @@ Status = Literal["executed", "simulated", "refused"]
 
 _NARROW = {"float32": {"int8", "uint8", "int4", "uint4"}, "float16": {"float16"}, "bfloat16": {"bfloat16"}}
 """What a kernel reads that computes in a precision, by the type of the precision's floats."""
-_CARRYING = {
+_CONVERTING_KERNELS = {
     "QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshape", "Flatten", "ReorderInput",
     "ReorderOutput", "Reorder",
 }  # fmt: skip
@@ -260,7 +260,7 @@ def _judge(kernels: Sequence[Kernel], graph: Graph, precision: Precision, probe:
 
 def _carries(kernel: Kernel) -> bool:
     """Whether it computes nothing; OpenVINO runs the file's roundings and casts as a `Subgraph` each."""
-    return kernel.op in _CARRYING or (kernel.op == "Subgraph" and kernel.name.endswith(_CONVERTED))
+    return kernel.op in _CONVERTING_KERNELS or (kernel.op == "Subgraph" and kernel.name.endswith(_CONVERTED))
 
 
 def _is_plain(precision: Precision) -> bool:

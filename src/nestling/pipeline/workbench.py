@@ -20,9 +20,9 @@ from nestling.models.compiling import Call
 from nestling.models.cost import cost
 from nestling.models.families import Family, family
 from nestling.models.supernet import Supernet, capped
+from nestling.pipeline.calling import rounded_calls
 from nestling.pipeline.checking import check_space
 from nestling.pipeline.floats import FloatNetworks
-from nestling.pipeline.rounding import rounded_calls
 from nestling.pipeline.teaching import TEACHERS, begin_with_teachers, teacher_files
 from nestling.profile import Device, MeasurementStore, open_device
 from nestling.run import Run, RunError

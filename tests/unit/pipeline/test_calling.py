@@ -9,7 +9,7 @@ from torch import Tensor
 from nestling.config import ConfigError, load_config
 from nestling.models.families import family
 from nestling.models.supernet import Supernet
-from nestling.pipeline.rounding import rounded_calls
+from nestling.pipeline.calling import rounded_calls
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run
 from nestling.space import Arch, SearchSpace, load_space
