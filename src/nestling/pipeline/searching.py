@@ -22,7 +22,7 @@ from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
-from nestling.pipeline.sensitivity import seeds
+from nestling.pipeline.seeding import seeds
 from nestling.pipeline.steadying import PAUSES_AT_END, steadied
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
@@ -269,7 +269,7 @@ def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict
 def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:
     """What `seeds` gives; nothing, and a note, where the largest network is one that cannot be quantized."""
     try:
-        return seeds(bench, problem(bench))
+        return seeds(bench, problem(bench), listener=listener)
     except (Untraceable, Unquantizable) as error:
         listener.note(f"no archs by sensitivity: {error}")
         return []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nestling.pipeline.evaluation import SUMMARY
-from nestling.pipeline.sensitivity import SENSITIVITY
+from nestling.pipeline.seeding import SENSITIVITY
 from nestling.pipeline.workbench import Workbench
 from nestling.report.content import LayerBits, Member, ReportContent, TrainingPoint, TriedArch, Tuned
 from nestling.report.units import count, duration, energy

@@ -27,7 +27,8 @@ from nestling.quant.mixed import TYPES
 from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
 from nestling.quant.ranges import Range, activation_range
 from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer, sources_of
-from nestling.quant.statistics import collect
+from nestling.quant.sharing import shared_groups, with_shared_bounds
+from nestling.quant.statistics import Bounds, collect
 
 Part = tuple[str, Format | Floats | Precision]
 """What is rounded, and to what: a tensor, or the weight of an operator, called `<operator>.weight`."""
@@ -90,6 +91,7 @@ def measure_sensitivity(
     *,
     method: Method = "minmax",
     weights: WeightMethod = "minmax",
+    shared: Collection[str] = (),
     reduce_range: bool = False,
     draws: int = 1,
     seed: int = 0,
@@ -98,7 +100,8 @@ def measure_sensitivity(
 
     One pass finds the ranges; a second one, there and back, the sensitivity: each layer is computed once more
     for every precision, and nothing else is. Weights are rounded to the nearest; the rounding of biases,
-    which have 32 bits, is left out.
+    which have 32 bits, is left out. Equalize `graph` first where its copies are; what AWQ, a rounding by
+    images or corrected biases mend is not told.
 
     Args:
         graph: the float network.
@@ -107,6 +110,7 @@ def measure_sensitivity(
             `sqrt(2 / (images x draws))` of it, 9 % with 256; more where a few images make up most of it.
         method: see `ranges` of `nestling.quant.observing`.
         weights: see there.
+        shared: see there; with groups as where the whole network is in one of the precisions.
         reduce_range: see there.
         draws: ways back for each image.
         seed: of the directions that are drawn.
@@ -125,11 +129,10 @@ def measure_sensitivity(
         wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
     tensors = {name for name, to in wanted if isinstance(to, Format)}
     seen = collect(graph, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
-    ranges: dict[Part, Range] = {
-        (name, to): activation_range(*METHODS[method](seen[name], to), to)
-        for name, to in wanted
-        if isinstance(to, Format)
-    }
+    bounds = {(name, to): METHODS[method](seen[name], to) for name, to in wanted if isinstance(to, Format)}
+    for name in names if shared else ():
+        bounds |= _shared_bounds(graph, name, bounds, kinds=shared)
+    ranges: dict[Part, Range] = {(name, to): activation_range(*two, to) for (name, to), two in bounds.items()}
     operators = {f"{operator.name}.weight": operator for operator in graph.operators}
     errors: dict[Part, Operator] = {
         (name, to): _error(operators[name], to, weights=weights, reduce_range=reduce_range)
@@ -195,6 +198,23 @@ def _possible_parts(graph: Graph, precision: Precision) -> Iterable[Part]:
     if precision.floats != "float32":
         found |= dict.fromkeys((name, precision.floats) for name in graph.shapes)
     return found | dict.fromkeys(_parts(graph, policy))
+
+
+def _shared_bounds(
+    graph: Graph,
+    precision: str,
+    bounds: Mapping[tuple[str, Format], Bounds],
+    *,
+    kinds: Collection[str],
+) -> dict[tuple[str, Format], Bounds]:
+    """Of `bounds` those that tensors have when all layers are in `precision`, and groups of them share."""
+    policy = QuantPolicy((("", precision),))
+    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+    formats = activation_formats(graph, integer, policy)
+    sources = sources_of(graph, formats)
+    own = {source: bounds[source, formats[source]] for source in sources.values()}
+    found = with_shared_bounds(own, shared_groups(graph, integer, sources, kinds=kinds))
+    return {(source, formats[source]): two for source, two in found.items()}
 
 
 def _error(

@@ -49,6 +49,22 @@ def test_one_pass_tells_the_divergence_that_quantizing_each_layer_alone_gives(
     assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
+def test_tensors_of_one_scale_lose_what_that_scale_costs_them(graph: Graph, images: Tensor) -> None:
+    everywhere = QuantPolicy((("", "w8a8"),))
+    with torch.no_grad():
+        wanted = graph.run(images).double().log_softmax(1)
+    told, true = [], []
+    for shared in ((), ("Add",)):
+        found = measure_sensitivity(graph, ["w8a8"], [images], shared=shared, draws=8)
+        told.append(found.divergence(everywhere))
+        quantized = quantize(graph, everywhere, [images], recipe=Recipe(shared=shared))
+        with torch.no_grad():
+            got = simulate(quantized.graph, quantized.ranges).run(images).double().log_softmax(1)
+        true.append(float((wanted.exp() * (wanted - got)).sum(1).mean()))
+    assert told[1] / told[0] == pytest.approx(true[1] / true[0], rel=0.3)
+    assert told[1] > 1.05 * told[0]
+
+
 class Twice(nn.Module):
     """Two equal convolutions, added up."""
 

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nestling.config import QuantConfig
 from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import float_network
+from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.workbench import Workbench
-from nestling.quant import QuantPolicy, weight_bits
+from nestling.quant import PRECISIONS, QuantPolicy, weight_bits
+from nestling.quant.equalization import equalize
 from nestling.quant.layers import bit_operations
 from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
 from nestling.search import Problem
@@ -39,7 +42,7 @@ class Mix:
     cost: float
 
 
-def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
+def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = None) -> list[Arch]:
     """Archs of mixed precisions, for a search to begin with; none where it is not asked, or none are open.
 
     They are the largest network of the space and, where choices have one, that of middle values, each in
@@ -56,6 +59,11 @@ def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
         return []
     known = bench.run.read_json(SENSITIVITY)
     if known is None:
+        if listener is not None and (left_out := _left_out(bench.config.quant)):
+            listener.note(
+                f"sensitivity, which archs to begin with come from, leaves out what {' and '.join(left_out)} "
+                "of [quant] mend: candidates are made with it, and lose less than it tells"
+            )
         measured = largest_sensitivity(bench)
         known = sensitivity_facts(bench, measured, mixes=mixes(bench, measured, opened, problem=problem))
         bench.run.write_json(SENSITIVITY, known)
@@ -67,7 +75,8 @@ def seeds(bench: Workbench, problem: Problem) -> list[Arch]:
 def largest_sensitivity(bench: Workbench) -> Sensitivity:
     """The sensitivity of the largest network to every precision of the space, on the calibration images.
 
-    Those that `quant.keep` keeps layers in are among them, also where no choice has them.
+    Those that `quant.keep` keeps layers in are among them, also where no choice has them. Channels are
+    equalized and scales shared as candidates' are; `awq`, `rounding` and `correct_biases` are left out.
 
     Raises:
         RunError, Untraceable: see `seeds`.
@@ -79,16 +88,30 @@ def largest_sensitivity(bench: Workbench) -> Sensitivity:
         raise graph
     choices = [choice for choice in bench.space.choices if is_precision(choice.name)]
     chosen = dict.fromkeys(str(value) for choice in choices for value in choice.values)
+    precisions = list(chosen | dict.fromkeys(config.keep.values()))
+    if config.equalize and any(PRECISIONS[name].activation is not None for name in precisions):
+        graph = equalize(graph)
     return measure_sensitivity(
         graph,
-        list(chosen | dict.fromkeys(config.keep.values())),
+        precisions,
         bench.calibration_images(floats.resolution),
         method=config.calibration,
         weights=config.weights,
+        shared=config.shared,
         reduce_range=bench.device.fingerprint.int8_saturates,
         draws=DRAWS,
         seed=bench.config.seed,
     )
+
+
+def _left_out(config: QuantConfig) -> list[str]:
+    """Of what `config` asks, by key, what sensitivity does not tell of."""
+    asked = {
+        "awq": config.awq,
+        "rounding": config.rounding != "nearest",
+        "correct_biases": config.correct_biases,
+    }
+    return [name for name, on in asked.items() if on]
 
 
 def mixes(

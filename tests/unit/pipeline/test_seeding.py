@@ -4,14 +4,19 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from nestling.config import load_config
-from nestling.pipeline import sensitivity
-from nestling.pipeline.sensitivity import SENSITIVITY, Mix, seeds, spread, trade_off
+from nestling.models.graph import Graph
+from nestling.pipeline import seeding
+from nestling.pipeline.listening import Silent
+from nestling.pipeline.seeding import SENSITIVITY, Mix, seeds, spread, trade_off
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
+from nestling.quant.equalization import equalize
 from nestling.quant.sensitivity import Sensitivity
 from nestling.run import Run
 from nestling.space import Value
@@ -46,6 +51,10 @@ def bench(tmp_path: Path) -> Workbench:
     vars(bench)["supernet"] = bench.new_supernet().eval()
     vars(bench)["device"] = SimpleNamespace(fingerprint=SimpleNamespace(int8_saturates=False))
     return bench
+
+
+def interrupted(_: Workbench) -> None:
+    raise KeyboardInterrupt
 
 
 def test_no_mix_that_costs_as_much_loses_less_than_one_on_the_path() -> None:
@@ -95,7 +104,7 @@ def test_a_search_that_goes_on_gets_the_same_seeds_without_measuring_again(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = seeds(bench, problem(bench))
-    monkeypatch.delattr(sensitivity, "measure_sensitivity")
+    monkeypatch.delattr(seeding, "measure_sensitivity")
     assert seeds(bench, problem(bench)) == found
 
 
@@ -107,13 +116,13 @@ def test_a_search_that_does_not_ask_has_no_seeds(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_the_largest_network_on_the_calibration_images(bench: Workbench) -> None:
     largest = bench.space.largest
-    found = sensitivity.largest_sensitivity(bench)
+    found = seeding.largest_sensitivity(bench)
     assert isinstance(found, Sensitivity)
     resolution = bench.resolution(largest)
     assert found.graph.resolution == resolution
     assert found.precisions == ("w8a8",)
     count = sum(len(batch) for batch in bench.calibration_images(resolution))
-    assert all(len(moved) == sensitivity.DRAWS * count for moved in found.parts.values())
+    assert all(len(moved) == seeding.DRAWS * count for moved in found.parts.values())
 
 
 def test_layers_kept_in_a_precision_that_no_choice_has_are_measured_in_it(tmp_path: Path) -> None:
@@ -126,3 +135,45 @@ def test_layers_kept_in_a_precision_that_no_choice_has_are_measured_in_it(tmp_pa
     assert facts is not None
     assert facts["precisions"] == ["w8a8", "w8"]
     assert facts["layers"]["classifier"]["w8"] > 0
+
+
+def test_channels_are_equalized_and_scales_shared_as_a_candidate_s_are(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Graph, Any]] = []
+
+    def keep(graph: Graph, *_: Any, **settings: Any) -> None:
+        given.append((graph, settings["shared"]))
+
+    monkeypatch.setattr(seeding, "measure_sensitivity", keep)
+    seeding.largest_sensitivity(bench)
+    quant = bench.config.quant.model_copy(update={"equalize": True, "shared": ("Add",)})
+    bench.config = bench.config.model_copy(update={"quant": quant})
+    seeding.largest_sensitivity(bench)
+    (plain, alone), (equal, together) = given
+    wanted = {operator.name: operator.weight for operator in equalize(plain).operators}
+    for operator in equal.operators:
+        if operator.weight is not None:
+            assert torch.equal(operator.constant(), torch.as_tensor(wanted[operator.name]))
+    assert any(
+        operator.weight is not None and not torch.equal(operator.constant(), other.constant())
+        for operator, other in zip(equal.operators, plain.operators, strict=True)
+    )
+    assert (alone, together) == ((), ("Add",))
+
+
+def test_what_sensitivity_leaves_out_is_told(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    monkeypatch.setattr(seeding, "largest_sensitivity", interrupted)
+    for changed in ({}, {"rounding": "moments", "correct_biases": True}):
+        quant = bench.config.quant.model_copy(update=changed)
+        bench.config = bench.config.model_copy(update={"quant": quant})
+        with pytest.raises(KeyboardInterrupt):
+            seeds(bench, problem(bench), listener=Noting())
+    assert len(notes) == 1
+    assert "leaves out what rounding and correct_biases of [quant] mend" in notes[0]
