@@ -318,6 +318,8 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _varint(content: memoryview, position: int, *, longest: int) -> tuple[int, int]:
+    if position < len(content) and content[position] < 0x80:  # nearly all: a model has ten thousand
+        return content[position], position + 1
     number = 0
     for shift in range(0, 7 * longest, 7):
         if position >= len(content):

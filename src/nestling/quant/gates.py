@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.protos import constant, zero_point
+from nestling.quant.protos import constant, zeros
 
 ALPHA = 1 / 6
 BETA = 0.5 * (1 - 2**-12)
@@ -98,8 +98,8 @@ def _sum(
         next((np.float32(a.f) for a in gate.attribute if a.name == key), np.float32(default))
         for key, default in (("alpha", 0.2), ("beta", 0.5))
     )
-    integers, scale, zeros = read.input
-    dtype = numpy_helper.to_array(constants[zeros]).dtype
+    integers, scale, zero_point = read.input
+    dtype = numpy_helper.to_array(constants[zero_point]).dtype
     most = 255 if dtype == np.uint8 else 127
     name = gate.name
     shared = f"hard_sigmoid.{dtype}.{beta}"
@@ -110,13 +110,13 @@ def _sum(
         "hard_sigmoid.low": np.asarray(0, np.float32),
         "hard_sigmoid.high": np.asarray(1, np.float32),
     }
-    none = zero_point("", np.asarray(0, dtype))
+    none = zeros(np.asarray(0, dtype))
     stored = [*(constant(key, np.asarray(value)) for key, value in values.items()), none]
     steep, added, summed = f"{name}.steep", f"{name}.beta", f"{name}.sum"
     beta_names = [f"{shared}.quantized", f"{shared}.scale", none.name]
     clipped = [summed, "hard_sigmoid.low", "hard_sigmoid.high"]
     nodes = [
-        helper.make_node("DequantizeLinear", [integers, f"{steep}.scale", zeros], [steep], name=steep),
+        helper.make_node("DequantizeLinear", [integers, f"{steep}.scale", zero_point], [steep], name=steep),
         helper.make_node("DequantizeLinear", beta_names, [added], name=added),
         helper.make_node("Add", [steep, added], [summed], name=name),
         helper.make_node("Clip", clipped, [gate.output[0]], name=f"{name}.clip"),

@@ -31,17 +31,10 @@ def constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     return TensorProto(name=name, data_type=_TYPES[value.dtype], dims=value.shape, raw_data=little.tobytes())
 
 
-def zero_point(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
-    """The zero point `value`, scalar or (channels,), as an initializer.
-
-    Where it is one number throughout it is called after that number instead of `name`, so that all tensors
-    with this zero point share one initializer: a network has some of them a hundred times.
-    """
-    number = value.flat[0]
-    if (value == number).all():
-        times = f"x{value.size}" if value.ndim else ""
-        name = f"zero_point.{value.dtype}.{number}{times}"
-    return constant(name, value)
+def zeros(like: NDArray[np.generic]) -> onnx.TensorProto:
+    """Zeros of the type and shape of `like`, scalar or (channels,), as an initializer to be shared."""
+    times = f".x{like.size}" if like.ndim else ""
+    return constant(f"zeros.{like.dtype}{times}", np.zeros_like(like))
 
 
 def tensor(initializer: onnx.TensorProto) -> Tensor:

@@ -12,7 +12,7 @@ from onnx import helper
 from nestling.quant.blocks import DOMAIN, blocked_layer
 from nestling.quant.gates import sum_gates
 from nestling.quant.protos import constant as constant_of
-from nestling.quant.protos import tensor, zero_point
+from nestling.quant.protos import tensor, zeros
 from nestling.quant.ranges import Range
 
 
@@ -121,7 +121,10 @@ def _dequantize(
     """The node that writes `output`; its scale and zero point, called after `stem`, are added to `stored`."""
     scale = _store(constant_of(f"{stem}.scale", found.scale.numpy().astype(np.float32)), stored)
     zero_points = found.zero_point.numpy().astype(found.stored)
-    operands = [integers, scale, _store(zero_point(f"{stem}.zero_point", zero_points), stored)]
+    # How large a file is depends on shapes alone: only what is always zero is shared.
+    symmetric = found.axis is not None and not found.dtype.startswith("u")
+    held = zeros(zero_points) if symmetric else constant_of(f"{stem}.zero_point", zero_points)
+    operands = [integers, scale, _store(held, stored)]
     node = helper.make_node("DequantizeLinear", operands, [output], name=f"{stem}.dequantized")
     if found.axis is not None:
         node.attribute.append(helper.make_attribute("axis", found.axis))
