@@ -43,6 +43,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/timing_repeatability.py
 	$(BIN)/python benchmarks/profile_agreement.py
 	$(BIN)/python benchmarks/predictor.py
+	$(BIN)/python benchmarks/quant_speed.py
+	$(BIN)/python benchmarks/candidate_cost.py
 	$(BIN)/nestling run configs/demo.toml
 	$(BIN)/python benchmarks/verify_export.py runs/demo
 
