@@ -319,7 +319,7 @@ def has_vnni(figures: Figures) -> bool:
 def gain(figures: Figures, name: str) -> float:
     """How many times faster than floats the network is by the policy that was found, else in w8a8."""
     found = figures["networks"][name]
-    return 1 / found["policy" if "policy" in found else "ours / fp32"]["ratio"]
+    return 1 / float(found["policy" if "policy" in found else "ours / fp32"]["ratio"])
 
 
 def told(figures: Figures, name: str) -> str:
