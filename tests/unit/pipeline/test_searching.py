@@ -47,7 +47,7 @@ def test_it_is_scored_where_no_latency_is_asked_for(tmp_path: Path, monkeypatch:
 def test_only_networks_that_cannot_be_quantized_have_no_seeds(
     error: type[ValueError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise error("because")
 
     told: list[str] = []
