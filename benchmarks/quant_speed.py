@@ -132,10 +132,11 @@ def by_runtime(floats: Path, quantized: Path, images: Tensor, *, reduce_range: b
 
 
 def session(path: Path, *, ours: bool, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """The file, loaded for one thread; ours with the options that it is measured with in a search."""
+    """The file, loaded for one thread; ours with the option that a search measures with, signed bytes in both."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     if ours:
         options.add_session_config_entry(
             "optimization.disable_specified_optimizers", "WeightBiasQuantization"

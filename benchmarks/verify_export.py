@@ -53,10 +53,11 @@ def correct_images(model: Path, split: Split) -> int:
 
 
 def open_session(model: Path) -> onnxruntime.InferenceSession:
-    """`model`, loaded on the CPU; layers that are in float next to quantized ones stay in float."""
+    """`model`, loaded on the CPU; quantized layers stay so, and float ones beside them float."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

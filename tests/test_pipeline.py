@@ -76,6 +76,7 @@ def _members(folder: Path) -> list[dict[str, Any]]:
 def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

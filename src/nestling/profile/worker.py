@@ -852,6 +852,8 @@ class OrtRuntime:
         options.add_session_config_entry(
             "optimization.disable_specified_optimizers", "WeightBiasQuantization"
         )
+        # Left off, on x86 it makes floats of signed tensors that several nodes read, as residual ones are.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         # Otherwise the threads of the model that has just run keep spinning on the other model's time.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if optimized is not None:

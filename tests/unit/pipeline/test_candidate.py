@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
@@ -26,8 +27,16 @@ from nestling.pipeline.candidate import (
 )
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.workbench import even_batch
-from nestling.pipeline.writing import write_file
-from nestling.profile import DeviceError, DevicePool, Fingerprint, Measurement, OptimizedOp, connect
+from nestling.pipeline.writing import simulated, write_file
+from nestling.profile import (
+    DeviceError,
+    DevicePool,
+    Fingerprint,
+    Measurement,
+    OptimizedOp,
+    WorkerDevice,
+    connect,
+)
 from nestling.quant import Quantized, QuantPolicy, quantize
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -77,6 +86,42 @@ def test_a_layer_left_in_float_against_the_policy_is_named(
 @pytest.mark.parametrize(("count", "size"), [(257, 129), (256, 256), (1, 1), (512, 256), (513, 171)])
 def test_images_are_cut_into_batches_of_nearly_the_same_size(count: int, size: int) -> None:
     assert even_batch(count, at_most=256) == size
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Iterator[WorkerDevice]:
+    with connect("ort:cpu", seconds=0.05, timeout_seconds=60) as device:
+        yield device
+
+
+class Residual(nn.Module):
+    """A sum of what two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images).relu()
+        logits: Tensor = self.head((self.inner(maps) + maps).relu())
+        return logits.flatten(1)
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed"])
+def test_a_residual_network_is_computed_on_integers_signed_or_not(
+    precision: str, cpu: WorkerDevice, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    path, images = tmp_path / "model.onnx", torch.rand(4, 3, 8, 8)
+    policy = QuantPolicy((("", precision),))
+    quantized = quantize(trace(Residual().eval(), resolution=8), policy, [images])
+    write_file(quantized, path)
+    check_precisions(cpu, path, quantized, policy)
+    sums = [op.op for op in cpu.optimized_ops(path) if op.op.endswith("Add")]
+    assert sums == ["com.microsoft.QLinearAdd"]
+    got = cpu.predict(path, images.numpy())
+    expected = simulated(quantized, images).logits.numpy()
+    assert abs(got - expected).max() < 0.03 * abs(expected).max()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
