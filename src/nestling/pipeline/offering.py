@@ -29,8 +29,9 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     `quant.keep` keeps every layer decides nothing: it gets the precision that these are kept in.
 
     Raises:
-        ConfigError: a choice of which no precision is left, an unknown precision, or kept layers that there
-            are not or whose precision the device cannot use.
+        ConfigError: a choice of which no precision is left, an unknown precision, precisions of signed beside
+            those of unsigned activations, or kept layers that there are not or whose precision the device
+            cannot use.
         DeviceError: the device cannot be had.
     """
     if bench.run.space_file.exists():
@@ -45,6 +46,7 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     unknown = [name for name in names if name not in PRECISIONS]
     if unknown:
         raise ConfigError(f"unknown precision {unknown[0]!r}; known: {', '.join(PRECISIONS)}")
+    _refuse_mixed_signs({**asked, **{f"quant.keep.{named}": (kept,) for named, kept in keep.items()}})
     if all(name == "fp32" for name in names):
         if kept_to:
             bench.run.write_json(OFFERED, {"kept": kept_to})
@@ -77,6 +79,30 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
         if gone:
             offered[name], dropped[name] = list(kept), gone
     _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
+
+
+def _refuse_mixed_signs(asked: Mapping[str, Sequence[Value]]) -> None:
+    """Refuses signed activations for some layers beside unsigned ones for others.
+
+    No runtime has a kernel between them, so that a layer at the border would be computed in floats.
+
+    Raises:
+        ConfigError: two choices, or a choice and kept layers, that may differ in sign are named.
+    """
+    named: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for where, values in asked.items():
+        for value in map(str, values):
+            format = PRECISIONS[value].activation
+            if format is not None:
+                named[format.signed].append((where, value))
+    for signed, signed_value in named[True]:
+        for unsigned, unsigned_value in named[False]:
+            if signed != unsigned:
+                raise ConfigError(
+                    f"{signed} has {signed_value!r}, of signed activations, and {unsigned} "
+                    f"{unsigned_value!r}, of unsigned ones, and no runtime has a kernel between "
+                    "them; keep to one of the two"
+                )
 
 
 def _settle(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nestling.models.graph import Graph, Operator
 from nestling.quant.formats import Code, Format, Minifloat, Ternary
 from nestling.quant.policy import Floats, Precision, QuantPolicy
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer
 
 TERNARY_BITS = 1.6
 """Five of its numbers to a byte."""
@@ -24,7 +24,7 @@ class Layer:
         kind: `Conv`, `depthwise Conv`, `grouped Conv`, `Gemm` or `MatMul`.
         precision: its name.
         weight_bits: of a weight, without scales.
-        activation_bits: of what the layer reads.
+        activation_bits: of what the layer reads, as it computes with it.
         macs: multiply-accumulates of one image.
         params: weights and biases.
     """
@@ -44,11 +44,16 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
     Uneven adaptive pooling, which is computed as products with constant matrices, counts as such.
     """
     found = []
+    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+    formats = activation_formats(graph, integer, policy)
     for operator in graph.operators:
         if operator.kind not in WEIGHT_AXES or operator.weight is None:
             continue
         precision = policy.precision(operator.layer)
         weight_bits, activation_bits = bits(precision)
+        read = formats.get(operator.inputs[0])
+        if precision.activation is not None and read is not None:  # another reader may want fewer bits
+            activation_bits = float(read.bits)
         found.append(
             Layer(
                 name=operator.layer,

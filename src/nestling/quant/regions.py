@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
+from nestling.quant.ranges import Unquantizable
 
 # Kinds that ONNX Runtime computes on integers.
 _INTEGER_KINDS = {
@@ -15,14 +16,14 @@ _INTEGER_KINDS = {
 }  # fmt: skip
 # Those that may give floats as well, at no cost: they sum integers anyway.
 _FLOAT_OUTPUT_KINDS = {"Gemm", "MatMul"}
-# Those that are worth it by themselves; the others are only where what they read is integers anyway.
-_MULTIPLYING_KINDS = {"Conv", "Gemm", "MatMul"}
 # Kinds that only move numbers, so that what they write has the range of what they read.
 MOVING_KINDS = {
     "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze", "Tile",
 }  # fmt: skip
 WEIGHT_AXES = {"Conv": 0, "Gemm": 0, "MatMul": 1}
-"""The axis of output channels of the weight of each kind of layer."""
+"""The axis of output channels of the weight of each kind of layer.
+
+These are worth being integers by themselves; others are integers only where what they read is."""
 
 
 def is_integer(operator: Operator, policy: QuantPolicy) -> bool:
@@ -40,10 +41,18 @@ def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolic
     (which linear layers are) gives floats for nothing: its result is quantized only where an integer operator
     reads it, and so are residual sums of a ViT floats. Sums, products, gates and pooling are integers where
     all that they read is: of floats, they would cost more in rounding than they gain.
+
+    Of several readers the one of fewest bits decides, also for what the tensor was moved from; where none
+    reads it on integers, the operator that writes it.
+
+    Raises:
+        Unquantizable: an operator between signed and unsigned integers, for which there is no kernel.
     """
     readers = graph.readers()
     followed = _runs_on_integers(graph, integer)
-    formats: dict[str, Format] = {}
+    read: dict[str, list[Format]] = {}
+    written_in: dict[str, Format] = {}
+    touched: dict[Operator, tuple[str, ...]] = {}
     for operator in followed:
         format = policy.precision(operator.layer).activation
         if format is None:
@@ -55,20 +64,47 @@ def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolic
             and not _is_read_by(followed, readers, written.name)
         )
         outputs = () if floats_do or written.name == graph.output else (written.name,)
-        for name in (*operator.inputs, *outputs):
-            formats[name] = format
-    return {name: formats[name] for name in graph.shapes if name in formats}
+        written_in |= dict.fromkeys(outputs, format)
+        for name in operator.inputs:
+            read.setdefault(name, []).append(format)
+        touched[operator] = (*operator.inputs, *outputs)
+    sources = sources_of(graph, read.keys() | written_in.keys())
+    wanted: dict[str, list[Format]] = {}
+    for name, found in read.items():
+        wanted.setdefault(sources[name], []).extend(found)
+    formats = {
+        name: min(wanted.get(sources[name]) or [written_in[name]], key=lambda format: format.bits)
+        for name in graph.shapes
+        if name in read or name in written_in
+    }
+    _refuse_mixed_signs(touched, formats, policy)
+    return formats
+
+
+def _refuse_mixed_signs(
+    touched: Mapping[Operator, tuple[str, ...]], formats: Mapping[str, Format], policy: QuantPolicy
+) -> None:
+    for operator, names in touched.items():
+        signed, unsigned = (
+            [name for name in names if formats[name].signed is wanted] for wanted in (True, False)
+        )
+        if signed and unsigned:
+            raise Unquantizable(
+                f"{operator.layer} ({policy.precision(operator.layer).name}) would be between signed "
+                f"integers, {signed[0]}, and unsigned ones, {unsigned[0]}, and no runtime has a kernel for "
+                "that; give its neighbours its precision, or one in floats"
+            )
 
 
 def _runs_on_integers(graph: Graph, integer: list[Operator]) -> dict[Operator, None]:
     """Those of `integer` that gain by it, in order."""
     readers, asked = graph.readers(), dict.fromkeys(integer)
-    multiplying = [operator for operator in integer if operator.kind in _MULTIPLYING_KINDS]
+    multiplying = [operator for operator in integer if operator.kind in WEIGHT_AXES]
     held = {name for operator in multiplying for name in operator.inputs}
     chosen: dict[Operator, None] = {}
     for operator in graph.operators:
         if operator in asked and (
-            operator.kind in _MULTIPLYING_KINDS or all(name in held for name in operator.inputs)
+            operator.kind in WEIGHT_AXES or all(name in held for name in operator.inputs)
         ):
             chosen[operator] = None
             if operator.kind not in _FLOAT_OUTPUT_KINDS:
@@ -107,7 +143,7 @@ def _is_absorbed(operator: Operator, *, by: Operator) -> bool:
     return rectifies and by.kind in ("Conv", "Gemm", "MatMul", "Add", "Mul")
 
 
-def sources_of(graph: Graph, formats: Mapping[str, Format]) -> dict[str, str]:
+def sources_of(graph: Graph, formats: Collection[str]) -> dict[str, str]:
     """Tensor -> the tensor whose numbers set its range: itself, or what it was moved from.
 
     Where numbers are moved in several steps from one quantized tensor to another, it holds the steps between.

@@ -168,3 +168,19 @@ def test_of_networks_that_cannot_be_traced_no_layer_is_kept_in_few_bits(tmp_path
     vars(bench)["family"] = replace(bench.family, build=lambda _: Waves())
     with pytest.raises(ConfigError, match=r"quant\.keep: first is 'w8a8', but .*sin cannot be traced"):
         offer_precisions(bench, listener=Silent())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (['quant.keep={first = "w8a8-signed"}'], r"quant.keep.first has 'w8a8-signed'.*precision 'w8a8'"),
+        (['quant.keep={first = "w8a8-signed", last = "w4a4"}'], "quant.keep.first has 'w8a8-signed'"),
+    ],
+)
+def test_signed_activations_beside_unsigned_ones_are_refused(
+    overrides: list[str], said: str, tmp_path: Path
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml", overrides=overrides)))
+    vars(bench)["device"] = NoDevice()
+    with pytest.raises(ConfigError, match=said):
+        offer_precisions(bench, listener=Silent())

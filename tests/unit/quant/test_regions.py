@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nestling.export import to_onnx
 from nestling.models.graph import Graph, trace
-from nestling.quant import QuantPolicy, insert_qdq, observe, simulate
+from nestling.quant import QuantPolicy, Unquantizable, insert_qdq, observe, simulate
+from nestling.quant.layers import layers
 from nestling.quant.regions import activation_formats, is_integer
 
 ALL = QuantPolicy((("", "w8a8"),))
@@ -104,3 +105,50 @@ def test_swishes_of_an_efficientnet_stay_between_integers() -> None:
     floats = {o.name for o in graph.operators} - integers(graph)
     told = {o.kind for o in graph.operators if o.name in floats and o.name != graph.output}
     assert told <= {"Flatten"}
+
+
+def forked(first: str, second: str, *, stem: str = "w8a8") -> tuple[Graph, QuantPolicy]:
+    """Two convolutions that read what a third one wrote, through a pooling; and their precisions."""
+
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+            self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.pool(self.stem(images).relu())
+            logits: Tensor = (self.first(maps) + self.second(maps)).flatten(1)
+            return logits
+
+    torch.manual_seed(0)
+    rules = (("stem", stem), ("first", first), ("second", second))
+    return trace(Forked().eval(), resolution=8), QuantPolicy(rules)
+
+
+@pytest.mark.parametrize("readers", [("w8a8", "w4a4"), ("w4a4", "w8a8")])
+def test_of_the_readers_of_a_tensor_the_one_of_fewest_bits_decides(readers: tuple[str, str]) -> None:
+    graph, policy = forked(*readers)
+    ranges = observe(graph, policy, [torch.rand(4, 3, 8, 8)])
+    read = next(operator.inputs[0] for operator in graph.operators if operator.layer == "first")
+    assert (ranges[read].dtype, ranges[graph.input].dtype) == ("uint4", "uint8")
+    told = {layer.name: layer.activation_bits for layer in layers(graph, policy)}
+    assert told == {"stem": 8, "first": 4, "second": 4}
+    images = torch.rand(4, 3, 8, 8)
+    maps = simulate(graph, ranges).held(images, frozenset({read}))[read]
+    assert len(maps.unique()) <= 16
+
+
+def test_the_writer_of_a_tensor_decides_where_none_reads_it_on_integers() -> None:
+    graph, policy = forked("fp32", "fp32", stem="w4a4")
+    ranges = observe(graph, policy, [torch.rand(4, 3, 8, 8)])
+    written = [name for name in ranges if name in graph.shapes and name != graph.input]
+    assert [ranges[name].dtype for name in written] == ["uint4"]
+
+
+def test_a_layer_between_signed_and_unsigned_integers_is_refused() -> None:
+    graph, policy = forked("w8a8-signed", "w8a8-signed")
+    with pytest.raises(Unquantizable, match=r"stem \(w8a8\) would be between signed integers, .* unsigned"):
+        observe(graph, policy, [torch.rand(4, 3, 8, 8)])
+    apart, floats = forked("w8a8-signed", "w8a8-signed", stem="fp32")
+    assert observe(apart, floats, [torch.rand(4, 3, 8, 8)])
