@@ -125,6 +125,11 @@ def file_key(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def constant_bytes(path: Path) -> dict[str, int]:
+    """Initializer -> the bytes of its numbers, of the file at `path`, which is one of our own."""
+    return {constant.name: len(constant.raw_data) for constant in load_onnx(path).graph.initializer}
+
+
 def load_onnx(path: Path) -> onnx.ModelProto:
     """The model in the file at `path`."""
     return onnx.load(path)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nestling.data import EvalImages
-from nestling.export import ExportMismatch, Unwritable, verify
+from nestling.export import ExportMismatch, Unwritable, constant_bytes, verify
 from nestling.models.cost import Cost
 from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.floats import FloatNetwork
@@ -27,6 +27,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
 from nestling.profile import Device, DeviceError, DevicePool, Measurement
 from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
+from nestling.quant.regions import WEIGHT_AXES
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -50,7 +51,8 @@ EXACT_INSTRUCTIONS = "avx512_vnni"
 PAUSES = (0.0, 3.0)
 """Seconds before an unstable measurement is taken again, and again: what made it so may have passed."""
 BYTES_PER_MB = 1_000_000
-WEIGHTED = {"Conv", "Gemm", "MatMul"}
+_PARTS = ("", ".quantized", ".scale", ".zero_point")
+"""What the file appends to the name of a weight for each of the constants that it makes of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +320,7 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
     weighted = {
         operator.name: operator.layer
         for operator in quantized.graph.operators
-        if operator.kind in WEIGHTED
+        if operator.kind in WEIGHT_AXES
         and operator.weight is not None
         and not policy.precision(operator.layer).simulated
     }
@@ -439,11 +441,29 @@ def cost_metrics(candidate: Candidate) -> dict[str, float]:
     """The metrics that a search weighs and that are exact.
 
     The size is that of the file; of a network in precisions for research, which no file holds in as few bits,
-    that of its weights.
+    that of a file that did: the weights of such layers count as their format packs them.
     """
-    size = candidate.weight_bytes if candidate.policy.simulated else candidate.path.stat().st_size
+    size = candidate.path.stat().st_size
+    if candidate.policy.simulated:
+        size -= _not_packed(candidate)
     return {
         "size_mb": size / BYTES_PER_MB,
         "mmacs": candidate.cost.macs / 1e6,
         "peak_mb": candidate.peak_bytes / BYTES_PER_MB,
     }
+
+
+def _not_packed(candidate: Candidate) -> int:
+    """The bytes that the file has too many, as it holds weights of research precisions in wider numbers."""
+    stored, found = constant_bytes(candidate.path), 0
+    for operator in () if candidate.graph is None else candidate.graph.operators:
+        precision = candidate.policy.precision(operator.layer)
+        if operator.weight is None or operator.kind not in WEIGHT_AXES or precision.weight is None:
+            continue
+        if precision.simulated:
+            channels = operator.weight.shape[WEIGHT_AXES[operator.kind]]
+            per_channel = operator.weight.numel() // channels
+            bits = precision.weight.size_bits(channels=channels, per_channel=per_channel)
+            held = sum(stored.get(f"{operator.name}.weight{part}", 0) for part in _PARTS)
+            found += held - math.ceil(bits / 8)
+    return found

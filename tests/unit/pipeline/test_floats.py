@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from nestling.config import load_config
 from nestling.models.graph import Graph
-from nestling.pipeline.candidate import Candidate, float_network, write_candidate
+from nestling.pipeline.candidate import Candidate, cost_metrics, float_network, write_candidate
 from nestling.pipeline.floats import KEPT, FloatNetwork, FloatNetworks
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import OptimizedOp
+from nestling.quant import QuantPolicy
+from nestling.quant.regions import WEIGHT_AXES
 from nestling.run import Run
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -205,3 +208,20 @@ def test_a_traced_candidate_is_written_by_nestling(bench: Workbench) -> None:
     candidate: Candidate = write_candidate(bench, arch, bench.candidate_path(arch))
     assert candidate.writer == "nestling"
     assert isinstance(candidate.graph, Graph)
+
+
+def test_a_size_for_research_is_that_of_a_file_with_constants_of_few_bits(bench: Workbench) -> None:
+    arch = arch_with(bench, "w8a8")
+    exact = write_candidate(bench, arch, bench.candidate_path(arch))
+    sizes = {}
+    for name in ("w8a8", "w4a8", "w2a8"):
+        sizes[name] = cost_metrics(replace(exact, policy=QuantPolicy((("", name),))))["size_mb"] * 1e6
+    of_two_bits = replace(exact, policy=QuantPolicy((("", "w2a8"),))).weight_bytes
+    assert sizes["w8a8"] == exact.path.stat().st_size
+    # the file's nodes and names count for all
+    assert of_two_bits < sizes["w2a8"] < sizes["w4a8"] < sizes["w8a8"]
+    assert exact.graph is not None
+    layers = [o.weight for o in exact.graph.operators if o.weight is not None and o.kind in WEIGHT_AXES]
+    saved = sum(weight.numel() / 2 for weight in layers)
+    zero_points = sum(weight.shape[0] for weight in layers)
+    assert sizes["w8a8"] - sizes["w4a8"] == pytest.approx(saved + zero_points, abs=len(layers))
