@@ -12,12 +12,13 @@ from nestling.models.families import Family
 from nestling.models.graph import trace
 from nestling.pipeline.policies import chosen_policy, is_precision, kept_layers, quant_policy
 from nestling.quant import PRECISIONS
+from nestling.quant.calibration import WeightMethod
 from nestling.quant.lent import rounded_call
 from nestling.space import Arch, SearchSpace
 
 
 def rounded_calls(
-    family: Family, space: SearchSpace, *, keep: Mapping[str, str]
+    family: Family, space: SearchSpace, *, keep: Mapping[str, str], weights: WeightMethod = "minmax"
 ) -> Callable[[Arch], Call | None]:
     """For an arch of `space` the call that rounds its layers, or None where all are in floats.
 
@@ -25,6 +26,7 @@ def rounded_calls(
         family: of the networks.
         space: of the archs.
         keep: as `[quant] keep` has it; `first` and `last` are those layers of the largest network.
+        weights: as `[quant] weights` has it.
 
     Raises:
         ConfigError: no arch has layers in integers or codes.
@@ -36,10 +38,10 @@ def rounded_calls(
             "some, such as w8a8, or leave it out"
         )
     if not keep:
-        return lambda arch: rounded_call(chosen_policy(family, arch))
+        return lambda arch: rounded_call(chosen_policy(family, arch), weights=weights)
     with torch.random.fork_rng(devices=[]):
         largest = family.build(space.largest).eval()
     # a subnet's layers are called as the largest network's
     graph = trace(largest, resolution=space.largest.integer("resolution"))
     kept = kept_layers(graph, keep)
-    return lambda arch: rounded_call(quant_policy(family, arch, graph, keep=kept))
+    return lambda arch: rounded_call(quant_policy(family, arch, graph, keep=kept), weights=weights)

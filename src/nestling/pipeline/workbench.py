@@ -228,7 +228,8 @@ class Workbench:
         """
         if not self.config.train.quantize:
             return None
-        return rounded_calls(self.family, self.space, keep=self.config.quant.keep)
+        quant = self.config.quant
+        return rounded_calls(self.family, self.space, keep=quant.keep, weights=quant.weights)
 
     @cached_property
     def supernet(self) -> Supernet:

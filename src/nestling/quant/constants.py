@@ -47,7 +47,7 @@ def constant_ranges(
                 ranges[f"{operator.name}.weight"] = grouped_range(weight, format, axis=axis)
             continue
         read = activations[operator.inputs[0]]
-        found = weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
+        found = weight_range(weight.cpu(), format, axis=axis, weights=weights, reduce_range=reduce_range)
         if operator.bias is not None:
             found = with_room_for(operator.bias, found, read)
             scale = found.scale * read.scale
@@ -69,9 +69,10 @@ def weight_range(
     """The range of a weight that is computed on integers: symmetric, a scale for each channel or one for all.
 
     With less than 8 bits its scale has the least squared error, whatever `weights` says: single large weights
-    would leave next to no integers to the rest. A channel of zeros has `SMALLEST_SCALE`.
+    would leave next to no integers to the rest. A channel of zeros has `SMALLEST_SCALE`. The range is on the
+    device of the weight.
     """
-    numbers = rows(weight.detach(), axis).float().cpu()
+    numbers = rows(weight.detach(), axis).float()
     if not format.per_channel:
         numbers = numbers.reshape(1, -1)
     levels = min(format.high, 63) if reduce_range else format.high
@@ -79,7 +80,7 @@ def weight_range(
     scale = scale.clamp(min=SMALLEST_SCALE)
     if not format.per_channel:
         scale = scale[0]
-    zeros = torch.zeros(scale.shape, dtype=torch.int32)
+    zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
     return Range(scale, zeros, format.dtype, axis if format.per_channel else None)
 
 

@@ -216,7 +216,9 @@ class LearnedGraph(nn.Module):
         elif found.block is None and found.limits[1] < 127:
             found = replace(found, scale=statistical_scale(weight, found))
         elif isinstance(precision.weight, Format) and found.block is None:
-            found = weight_range(weight, precision.weight, axis=axis, reduce_range=self._how.reduce_range)
+            found = weight_range(
+                weight.cpu(), precision.weight, axis=axis, reduce_range=self._how.reduce_range
+            )
         elif isinstance(precision.weight, Format):
             found = grouped_range(weight, precision.weight, axis=axis)
         found = replace(found, scale=found.scale.to(weight.device))

@@ -14,27 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from nestling.models.compiling import Call, call_lent
-from nestling.quant.calibration import largest_of_rows
-from nestling.quant.constants import grouped_range
+from nestling.quant.calibration import WeightMethod
+from nestling.quant.constants import grouped_range, weight_range
 from nestling.quant.formats import Format
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy
-from nestling.quant.ranges import Range, rows
+from nestling.quant.ranges import Range
 from nestling.quant.straight import instead, nearest_by_statistics
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def rounded_call(policy: QuantPolicy) -> Call | None:
+def rounded_call(policy: QuantPolicy, *, weights: WeightMethod = "minmax") -> Call | None:
     """Calls a network with the weights of `policy`'s layers, and what they read, rounded; None if none are.
 
     The weights of convolutions and linear layers are rounded as they are after training: each channel's
-    integers span it, or lose least below 8 bits, groups of weights each for itself, research precisions to
-    their codes. That normalization follows only later folds into channels, which changes no rounding where
-    each channel has its scale. What a layer reads is rounded to a range that spans the batch: there are no
-    running averages, so that a step depends on its batch alone. Gradients pass as if nothing was rounded.
+    integers as `weights` says, or with the least error below 8 bits, groups of weights each for itself,
+    research precisions to their codes. That normalization follows only later folds into channels, which
+    changes no rounding where each channel has its scale. What a layer reads is
+    rounded to a range that spans the batch: there are no running averages, so that a step depends on its batch alone. Gradients pass as if nothing was rounded.
 
     Other operators, sums and products of attention among them, read what they are given; 16-bit floats are
     trained as 32-bit ones; and weights have all bits where a device would be given 7.
+
+    Args:
+        policy: which layers.
+        weights: see `ranges` of `nestling.quant.observing`.
     """
     if all(_is_float(PRECISIONS[name]) for _, name in policy.rules):
         return None
@@ -47,7 +51,9 @@ def rounded_call(policy: QuantPolicy) -> Call | None:
                     continue
                 precision = policy.precision(name)
                 if precision.weight is not None:
-                    held[f"{name}.weight"] = rounded_weight(held[f"{name}.weight"], precision)
+                    held[f"{name}.weight"] = rounded_weight(
+                        held[f"{name}.weight"], precision, weights=weights
+                    )
                 if precision.activation is not None:
                     hook = module.register_forward_pre_hook(_reading(precision.activation))
                     hooks.callback(hook.remove)
@@ -56,8 +62,13 @@ def rounded_call(policy: QuantPolicy) -> Call | None:
     return call
 
 
-def rounded_weight(weight: Tensor, precision: Precision) -> Tensor:
+def rounded_weight(weight: Tensor, precision: Precision, *, weights: WeightMethod = "minmax") -> Tensor:
     """`weight` of a convolution or linear layer as `precision` holds it; gradients pass unchanged.
+
+    Args:
+        weight: its channels first.
+        precision: of the layer.
+        weights: see `ranges` of `nestling.quant.observing`.
 
     Raises:
         ValueError: a format for weights alone that has no groups.
@@ -70,13 +81,7 @@ def rounded_weight(weight: Tensor, precision: Precision) -> Tensor:
         return instead(weight, format.nearest(exact, axis=0).to(weight.dtype))
     if precision.activation is None:
         return nearest_by_statistics(weight, grouped_range(exact, format, axis=0))
-    numbers = rows(exact, 0) if format.per_channel else exact.reshape(1, -1)
-    largest = largest_of_rows(numbers, format.high, method="mse" if format.bits < 8 else "minmax")
-    scale = torch.where(largest > 0, largest / format.high, 1.0)
-    zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
-    if not format.per_channel:
-        scale, zeros = scale[0], zeros[0]
-    return nearest_by_statistics(weight, Range(scale, zeros, format.dtype, 0 if format.per_channel else None))
+    return nearest_by_statistics(weight, weight_range(exact, format, axis=0, weights=weights))
 
 
 def spanning_range(tensor: Tensor, format: Format) -> Range:

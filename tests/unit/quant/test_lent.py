@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nestling.models.compiling import call_lent
 from nestling.quant import PRECISIONS, QuantPolicy, Range
+from nestling.quant.calibration import WeightMethod
 from nestling.quant.constants import grouped_range, weight_range
 from nestling.quant.formats import Format, Minifloat
 from nestling.quant.lent import rounded_call, rounded_weight, spanning_range
@@ -38,14 +39,32 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
+@pytest.mark.parametrize("weights", ["minmax", "mse"])
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-tensor", "w4a4", "w2a8"])
-def test_weights_are_rounded_as_they_are_after_training(name: str, network: nn.Module) -> None:
+def test_weights_are_rounded_as_they_are_after_training(
+    name: str, weights: WeightMethod, network: nn.Module
+) -> None:
     format = PRECISIONS[name].weight
     assert isinstance(format, Format)
     for layer in ("stem", "head"):
         weight = network.get_parameter(f"{layer}.weight")
-        expected = weight_range(weight, format, axis=0).nearest(weight.detach())
-        assert torch.equal(rounded_weight(weight, PRECISIONS[name]), expected)
+        expected = weight_range(weight, format, axis=0, weights=weights).nearest(weight.detach())
+        assert torch.equal(rounded_weight(weight, PRECISIONS[name], weights=weights), expected)
+
+
+def test_a_call_rounds_weights_by_the_method_that_it_was_given() -> None:
+    network, format = nn.Sequential(nn.Linear(4096, 2, bias=False)), PRECISIONS["w8a8"].weight
+    assert isinstance(format, Format)
+    drawn = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))  # many weights near zero
+    methods: tuple[WeightMethod, ...] = ("minmax", "mse")
+    computed = []
+    for weights in methods:
+        call = rounded_call(QuantPolicy((("", "w8a8"),)), weights=weights)
+        assert call is not None
+        computed.append(call(network, {"0.weight": drawn}, torch.ones(1, 4096)))
+        expected = weight_range(drawn, format, axis=0, weights=weights).nearest(drawn)
+        assert torch.allclose(computed[-1][0], expected.sum(1), atol=1e-3)
+    assert not torch.allclose(*computed, atol=1e-2)
 
 
 def test_weights_in_groups_and_on_codes_are_too(network: nn.Module) -> None:
