@@ -73,12 +73,6 @@ def test_weights_in_channels_last_change_no_bit(images: Tensor) -> None:
 
 
 @on_wide
-def test_pytorchs_own_order_gives_other_bits(images: Tensor) -> None:
-    graph = traced(stem(160), nn.Conv2d(160, 24, 3, padding=1))
-
-    assert not torch.equal(graph.run(images), by_runtime(graph, images))
-
-
 class Residual(nn.Module):
     """A block whose sum a runtime can begin with; `rectified` tells whether what it adds is in blocks."""
 
