@@ -26,17 +26,14 @@ from nestling.quant.formats import Format
 from nestling.quant.mixed import TYPES
 from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
 from nestling.quant.ranges import Range, activation_range
-from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer, sources_of
+from nestling.quant.regions import MOVING_KINDS, WEIGHT_AXES, activation_formats, is_integer, sources_of
 from nestling.quant.sharing import shared_groups, with_shared_bounds
 from nestling.quant.statistics import Bounds, collect
 
 Part = tuple[str, Format | Floats | Precision]
 """What is rounded, and to what: a tensor, or the weight of an operator, called `<operator>.weight`."""
 
-_CARRYING = {
-    "Relu", "Abs", "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Gather", "Unsqueeze", "Squeeze",
-    "Tile", "Expand", "Concat",
-}  # fmt: skip
+_NEVER_ROUNDING = MOVING_KINDS | {"Relu", "Abs", "Expand", "Concat"}
 """Kinds that write no number which they have not read, so that nothing is rounded anew."""
 
 _AT_ONCE = 32
@@ -183,7 +180,7 @@ def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
         if _weighted(operator) and precision.name != "fp32":
             found[f"{operator.name}.weight", precision] = None
         if precision.floats != "float32":
-            if operator.kind in _CARRYING:
+            if operator.kind in _NEVER_ROUNDING:
                 carried.add((operator.name, precision.floats))
             written = dict.fromkeys((name, precision.floats) for name in (*operator.inputs, operator.name))
             found |= {part: None for part in written if part not in carried}
