@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nestling.config import ConfigError, TrainConfig
-from nestling.models.graph import Graph
+from nestling.models.building import build_shapes
+from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.alone import train_network
 from nestling.pipeline.candidate import Candidate, file_metadata, verify_candidate
 from nestling.pipeline.listening import Listener
-from nestling.pipeline.policies import chosen_policy
+from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
 from nestling.quant import PRECISIONS, Quantized, Range, observe, place
@@ -70,9 +71,12 @@ def defaults(bench: Workbench, arch: Arch) -> tuple[float, float]:
     Raises:
         ConfigError: all of it is in floats.
     """
-    names = {name for _, name in chosen_policy(bench.family, arch).rules}
-    names |= set(bench.config.quant.keep.values())
-    quantized = [PRECISIONS[name] for name in names if PRECISIONS[name].weight is not None]
+    try:  # what the network has: choices of layers that it lacks count nothing
+        graph = trace(build_shapes(bench.family.build, arch).eval(), resolution=bench.resolution(arch))
+        rules = quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep).rules
+    except Untraceable:  # all of it is in floats
+        rules = ()
+    quantized = [PRECISIONS[name] for _, name in rules if PRECISIONS[name].weight is not None]
     if not quantized:
         raise ConfigError(
             f"{arch.key} has no layers in integers, so there is nothing to train in few bits; choose a "

@@ -17,7 +17,14 @@ from nestling.models.graph import trace
 from nestling.models.operators import Operator
 from nestling.pipeline.finetuning import Tuning, finetune, finetuned_name, tuning
 from nestling.pipeline.listening import Silent
-from nestling.pipeline.quantized_training import macs
+from nestling.pipeline.quantized_training import (
+    EPOCHS,
+    EPOCHS_8_BITS,
+    LR_PART,
+    LR_PART_8_BITS,
+    defaults,
+    macs,
+)
 from nestling.pipeline.stages import open_run
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
@@ -76,6 +83,26 @@ def small(bench: Workbench, precision: str = "w8a8") -> Arch:
     """The space's smallest network, in one precision throughout."""
     values = {n: precision if n.endswith(".precision") else v for n, v in bench.space.smallest.items()}
     return bench.space.canonical(values)
+
+
+def test_layers_that_a_network_does_not_have_count_nothing_for_its_epochs(tmp_path: Path) -> None:
+    rows = TOY.with_name("toy_space.toml").read_text()
+    rows = rows.replace(
+        'precision = ["w8a8", "fp32"], per_block = ["kernel"]',
+        'precision = ["w2a8", "w8a8"], per_block = ["kernel", "precision"]',
+    )
+    (tmp_path / "space.toml").write_text(rows)
+    config = load_config(TOY, overrides=[f'space="{tmp_path / "space.toml"}"'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    space = bench.space
+    precisions = {c.name: "w8a8" for c in space.choices if c.name.endswith(".precision")}
+    shallow = space.canonical({**space.smallest, **precisions})
+    assert "w2a8" in shallow.values()  # an idle block's
+    assert defaults(bench, shallow) == (EPOCHS_8_BITS, LR_PART_8_BITS)
+    deep = space.canonical({**space.largest, **precisions})
+    assert defaults(bench, deep) == (EPOCHS_8_BITS, LR_PART_8_BITS)
+    few = space.canonical({**space.largest, **precisions, "s1.b2.precision": "w2a8"})
+    assert defaults(bench, few) == (EPOCHS, LR_PART)
 
 
 class Stopping(Silent):
