@@ -132,7 +132,7 @@ def by_runtime(floats: Path, quantized: Path, images: Tensor, *, reduce_range: b
 
 
 def session(path: Path, *, ours: bool, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """The file, loaded for one thread; ours with the option that a search measures with, signed bytes in both."""
+    """The file, loaded for one thread; ours with the options that it is measured with in a search."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

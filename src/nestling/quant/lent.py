@@ -30,8 +30,9 @@ def rounded_call(policy: QuantPolicy, *, weights: WeightMethod = "minmax") -> Ca
     The weights of convolutions and linear layers are rounded as they are after training: each channel's
     integers as `weights` says, or with the least error below 8 bits, groups of weights each for itself,
     research precisions to their codes. That normalization follows only later folds into channels, which
-    changes no rounding where each channel has its scale. What a layer reads is
-    rounded to a range that spans the batch: there are no running averages, so that a step depends on its batch alone. Gradients pass as if nothing was rounded.
+    changes no rounding where each channel has its scale. What a layer reads is rounded to a range that spans
+    the batch: there are no running averages, so that a step depends on its batch alone. Gradients pass as if
+    nothing was rounded.
 
     Other operators, sums and products of attention among them, read what they are given; 16-bit floats are
     trained as 32-bit ones; and weights have all bits where a device would be given 7.

@@ -64,7 +64,7 @@ def test_a_call_rounds_weights_by_the_method_that_it_was_given() -> None:
         computed.append(call(network, {"0.weight": drawn}, torch.ones(1, 4096)))
         expected = weight_range(drawn, format, axis=0, weights=weights).nearest(drawn)
         assert torch.allclose(computed[-1][0], expected.sum(1), atol=1e-3)
-    assert not torch.allclose(*computed, atol=1e-2)
+    assert not torch.allclose(computed[0], computed[1], atol=1e-2)
 
 
 def test_weights_in_groups_and_on_codes_are_too(network: nn.Module) -> None:
