@@ -1,11 +1,12 @@
 """What is simulated is what ships: PyTorch's simulation and ONNX Runtime agree on real images.
 
-For five families, ten random pairs of an arch and a policy (each block in w8a8 with a chance of 3 in 4, else
-in floats; no two alike): the same 1,000 test images of CIFAR-10, at 32 px, through the simulation and
-through the quantized file in ONNX Runtime. Networks have random weights (residual branches weak beside their
-shortcuts, as training leaves them), normalization of their own, and a classifier fitted in closed form (ridge
-regression on the labels of 2,000 training images): so that top-1 is far from chance, and ties between classes
-are as close as they get.
+For five families, ten random pairs of an arch and a policy (no two alike; each block in a precision with a
+chance of 3 in 4, else in floats; precisions are all that the device can use and that are not simulated,
+activations of one file all signed or all unsigned), quantized and written as candidates are: the same 1,000
+test images of CIFAR-10, at 32 px, through the simulation and through the quantized file in ONNX Runtime.
+Networks have random weights (residual branches weak beside their shortcuts, as training leaves them),
+normalization of their own, and a classifier fitted in closed form (ridge regression on the labels of 2,000
+training images): so that top-1 is far from chance, and ties between classes are as close as they get.
 
 Claims:
 
@@ -25,6 +26,7 @@ import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,14 @@ from torch import Tensor
 
 from nestling.config import DataConfig
 from nestling.data import EvalImages, load_data
-from nestling.export import save_onnx, to_onnx
 from nestling.models.families import family
 from nestling.models.graph import Graph, trace
 from nestling.models.supernet import Supernet
+from nestling.pipeline.precisions import probe, usable
+from nestling.pipeline.probes import WEIGHTED
+from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import Device, connect
-from nestling.quant import QuantPolicy, insert_qdq, observe, simulate, split_gates
+from nestling.quant import PRECISIONS, QuantPolicy, quantize
 from nestling.space import Arch, load_space
 from nestling.train.evaluate import recalibrate
 
@@ -80,32 +84,44 @@ def with_classifier(graph: Graph, images: EvalImages) -> Graph:
     return replace(graph, operators=(*graph.operators[:-1], fitted))
 
 
-def random_policy(graph: Graph, rng: random.Random) -> QuantPolicy:
-    """w8a8 for each block with a chance of 3 in 4; for one at least."""
+def usable_precisions(device: Device) -> tuple[str, ...]:
+    """The precisions but fp32 that `device` can use for layers of any kind."""
+    names = [name for name, precision in PRECISIONS.items() if name != "fp32" and not precision.simulated]
+    kept, _ = usable(names, probe(device, names, kinds=WEIGHTED))
+    return kept
+
+
+def random_policy(graph: Graph, rng: random.Random, *, precisions: Sequence[str]) -> QuantPolicy:
+    """One of `precisions` for each block with a chance of 3 in 4; for one at least.
+
+    Activations are all signed or all unsigned: no runtime has a kernel between the two.
+    """
+    signed = rng.choice([True, False])
+    formats = {name: PRECISIONS[name].activation for name in precisions}
+    offered = [name for name, format in formats.items() if format is None or format.signed is signed]
     blocks = blocks_of(graph)
     chosen = [block for block in blocks if rng.random() < 0.75] or blocks[:1]
-    return QuantPolicy(tuple((block, "w8a8") for block in chosen))
+    return QuantPolicy(tuple((block, rng.choice(offered)) for block in chosen))
 
 
 def compare(graph: Graph, policy: QuantPolicy, data: Any, device: Device, *, images: int) -> dict[str, Any]:
     """How the simulation and the file differ on the first `images` test images."""
     scored = data.test().take(images)
-    graph = split_gates(graph, policy)
-    calibration = (b.images for b in data.train.calibration(CALIBRATION_IMAGES).at(PIXELS, batch_size=BATCH))
-    ranges = observe(graph, policy, calibration, reduce_range=device.fingerprint.int8_saturates)
-    simulation = simulate(graph, ranges)
+    train = data.train.calibration(CALIBRATION_IMAGES)
+    calibration = [batch.images for batch in train.at(PIXELS, batch_size=BATCH)]
+    quantized = quantize(graph, policy, calibration, reduce_range=device.fingerprint.int8_saturates)
     expected = torch.cat(
-        [simulation.run(batch.images) for batch in scored.at(PIXELS, batch_size=BATCH)]
+        [simulated(quantized, batch.images).logits for batch in scored.at(PIXELS, batch_size=BATCH)]
     ).numpy()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save_onnx(insert_qdq(to_onnx(graph, dynamic_batch=True), ranges), path)
+        write_file(quantized, path, dynamic_batch=True)
         got = device.predict(path, scored.array(PIXELS))
     step = float(expected.max() - expected.min()) / 255
     differences = np.abs(expected - got) / step
     hits = [logits.argmax(axis=1) == scored.labels for logits in (expected, got)]
     return {
-        "quantized": len(ranges),
+        "quantized": len(quantized.ranges),
         "simulated_top1": round(float(hits[0].mean()), 5),
         "runtime_top1": round(float(hits[1].mean()), 5),
         "same_prediction": round(float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()), 5),
@@ -122,6 +138,7 @@ def measure(options: argparse.Namespace) -> Figures:
     data = load_data(DataConfig(source=options.data, size=PIXELS, test_images=options.images), seed=0)
     found: dict[str, list[dict[str, Any]]] = {}
     with connect("ort:cpu?threads=1") as device:
+        precisions = usable_precisions(device)
         for name in options.spaces:
             rng = random.Random(0)
             space = load_space(SPACES / f"{name}.toml")
@@ -138,14 +155,32 @@ def measure(options: argparse.Namespace) -> Figures:
                 fitted = data.train.calibration(FITTED_IMAGES)
                 recalibrate(network, (batch.images for batch in fitted.at(PIXELS, batch_size=BATCH)))
                 graph = with_classifier(trace(network, resolution=PIXELS), fitted)
-                policy = random_policy(graph, rng)
+                policy = random_policy(graph, rng, precisions=precisions)
                 if (arch, policy) in seen:
                     continue
                 seen.add((arch, policy))
                 row = compare(graph, policy, data, device, images=options.images)
                 found[name].append({"arch": arch.key, "rules": dict(policy.rules), **row})
             print(line(name, found[name]), flush=True)
-    return {"images": options.images, "pixels": PIXELS, "families": found}
+    return {
+        "images": options.images,
+        "pixels": PIXELS,
+        "precisions": list(precisions),
+        "families": found,
+        "worst_by_precision": worst_by_precision(row for rows in found.values() for row in rows),
+    }
+
+
+def worst_by_precision(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Precision -> the worst figures of the files that have layers in it; most have others beside it."""
+    worst: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for name in set(row["rules"].values()):
+            known = worst.setdefault(name, {"files": 0, "points": 0.0, "within_a_step": 1.0})
+            known["files"] += 1
+            known["points"] = round(max(known["points"], points(row)), 3)
+            known["within_a_step"] = min(known["within_a_step"], row["within_a_step"])
+    return dict(sorted(worst.items()))
 
 
 def points(row: Any) -> float:
