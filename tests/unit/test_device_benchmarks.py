@@ -59,7 +59,15 @@ FLEET: dict[str, Any] = {
     "measured_files": {"one": 12, "two": 12}, "measurements": {"one": 12, "two": 13},
     "ratios_differ": {"median": 0.01, "most": 0.04},
 }  # fmt: skip
-GOOD = {"device_faults": FAULTS, "fleet": FLEET}
+CUDA: dict[str, Any] = {
+    "members": {
+        "01-a": {
+            "torch:cuda": {"ms": [0.2, 0.21, 0.5], "ours": [1.0, 1.01, 3.0], "flagged": [[], [], ["busy"]]},
+            "torch:cuda?graph=0": {"ms": [1.2, 1.3], "ours": [5.0, 5.02], "flagged": [[], []]},
+        }
+    }
+}
+GOOD = {"device_faults": FAULTS, "fleet": FLEET, "cuda_front": CUDA}
 BAD = [
     ("device_faults", ("faults", "failed_trials"), 1),
     ("device_faults", ("faults", "injected"), {"SIGSEGV": 1}),
@@ -78,6 +86,9 @@ BAD = [
     ("device_faults", ("kills", "searches", 0, "lost_or_changed"), 1),
     ("device_faults", ("kills", "searches", 0, "lease_is_free"), False),
     ("device_faults", ("kills", "searches", 0, "leases_integrity"), "row 1 missing"),
+    ("cuda_front", ("members", "01-a", "torch:cuda", "flagged"), [[], [], []]),
+    ("cuda_front", ("members", "01-a", "torch:cuda", "flagged"), [[], ["busy"], ["busy"]]),
+    ("cuda_front", ("members", "01-a", "torch:cuda?graph=0", "ours"), [5.0, 5.3]),
     ("fleet", ("part",), 0.66),
     ("fleet", ("same_files",), False),
     ("fleet", ("failed",), ["a"]),
