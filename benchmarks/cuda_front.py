@@ -25,7 +25,7 @@ from typing import Any
 from record import Benchmark, Figures
 from timing_repeatability import used, variation
 
-from nestling.profile import connect
+from nestling.profile import DeviceError, connect
 
 DEVICES = ("torch:cuda", "torch:cuda?graph=0")
 MOST = 0.02
@@ -109,7 +109,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="[default: 10]")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of timing [default: 2]")
     parser.add_argument("--devices", nargs="+", default=DEVICES, metavar="ADDRESS", help="of PyTorch")
-    return BENCHMARK.run(parser.parse_args(words))
+    try:
+        return BENCHMARK.run(parser.parse_args(words))
+    except DeviceError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -570,14 +570,32 @@ MOST_WATTS, UPDATE_JOULES = 1000.0, 10.0
 """No counter grows faster, but for what one update of it may hold: one that did was set back."""
 
 
-def joules(*, root: Path = Path("/")) -> dict[str, tuple[float, float]]:
+def nvidia() -> Any:
+    """NVIDIA's management library (package `nvidia-ml-py`), ready; None where it or a driver is missing."""
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def joules(*, root: Path = Path("/"), nvml: Any = None) -> dict[str, tuple[float, float]]:
     """The machine's counters of energy by name, and the joules after which each begins anew: 0 for never.
 
-    They are those of processor packages and their memory, and of sensors of boards. A zone within a
-    package's, other than memory, is part of that one's figure and left out; so are `psys`, of which packages
-    are a part, and `intel-rapl-mmio`, the same packages once more.
+    They are those of processor packages and their memory, of sensors of boards, and with `nvml` of GPUs. A
+    zone within a package's, other than memory, is part of that one's figure and left out; so are `psys`, of
+    which packages are a part, and `intel-rapl-mmio`, the same packages once more.
     """
     told: dict[str, tuple[float, float]] = {}
+    for number in range(0 if nvml is None else nvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(nvml.NVMLError):  # before Volta they do not count
+            gpu = nvml.nvmlDeviceGetHandleByIndex(number)
+            millijoules = nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+            told[f"gpu {number}"] = millijoules / 1e3, 0.0
     for folder in root.glob("sys/class/powercap/*:*"):
         name = "".join(_lines(folder / "name")).strip()
         nested = folder.name.count(":") > 1 and name != "dram"
@@ -1103,11 +1121,12 @@ class Worker:
             _ = run() if timer is None else timer(run)
 
         call()
-        before, begun, calls = joules(), time.monotonic(), 0
+        nvml = nvidia()
+        before, begun, calls = joules(nvml=nvml), time.monotonic(), 0
         while before and time.monotonic() < begun + request["seconds"]:
             call()
             calls += 1
-        after, seconds = joules(), time.monotonic() - begun
+        after, seconds = joules(nvml=nvml), time.monotonic() - begun
         used = used_joules(before, after, seconds=seconds)
         return {"calls": calls, "seconds": seconds, "joules": used}, b""
 

@@ -59,6 +59,28 @@ def board(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Nvml:
+    """Two GPUs, of which the first does not count."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802 the library's name
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
+        return number
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu: int) -> int:  # noqa: N802
+        if gpu == 0:
+            raise self.NVMLError
+        return 1500
+
+
+def test_gpus_that_count_energy_tell_it(tmp_path: Path) -> None:
+    assert joules(root=tmp_path, nvml=Nvml()) == {"gpu 1": (1.5, 0.0)}
+
+
 def test_the_machine_tells_what_its_files_hold(board: Path) -> None:
     told = readings([0], root=board)
     assert told["celsius"] == pytest.approx(56.5)
@@ -106,7 +128,7 @@ def test_energy_is_that_of_calls_whose_end_was_waited_for(monkeypatch: pytest.Mo
     asked.runtime = Lazy("cpu", 1)
     asked.load({"model": "m"}, bytearray(reference_model()))
     counts = iter([{"package": (1.0, 0.0)}, {"package": (1.5, 0.0)}])
-    monkeypatch.setattr(worker, "joules", lambda: next(counts))
+    monkeypatch.setattr(worker, "joules", lambda **_: next(counts))
     before = len(ended)
     told, _ = asked.energy({"model": "m", "seconds": 0.005}, bytearray())
     assert told["calls"] > 0
