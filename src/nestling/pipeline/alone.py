@@ -15,6 +15,7 @@ from nestling.models.supernet import Supernet
 from nestling.pipeline.asked import float_space
 from nestling.pipeline.counting import counted
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.turns import training_in
 from nestling.pipeline.workbench import Workbench
 from nestling.run import write_atomically
 from nestling.space import Arch
@@ -124,6 +125,7 @@ def train_network(
 
     Raises:
         TrainingStopped: the loss runs away.
+        RunError: another process trains in `folder`.
     """
     space = bench.space.only({name: [value] for name, value in arch.items()})
     torch.manual_seed(bench.config.seed)
@@ -136,7 +138,7 @@ def train_network(
         drop_path=config.drop_path,
         calling=bench.calling if config.quantize else None,
     ).to(bench.torch_device)
-    with counted(bench, teachers=teachers) as account:
+    with training_in(folder, ranks=bench.ranks), counted(bench, teachers=teachers) as account:
         train(
             supernet,
             bench.data.train.divided(bench.ranks.rank, of=bench.ranks.world),

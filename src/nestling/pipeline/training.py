@@ -13,6 +13,7 @@ from nestling.config import RunConfig
 from nestling.pipeline.counting import counted
 from nestling.pipeline.forecast import forecast
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.turns import training_in
 from nestling.pipeline.workbench import Workbench, even_batch, find_device
 from nestling.space import Arch
 from nestling.train.distributed import ALONE, Ranks, joined, ranks_of
@@ -40,6 +41,7 @@ def train_supernet(bench: Workbench, *, listener: Listener) -> None:
     Raises:
         TrainingStopped: the loss runs away or is not a number.
         RanksError: a rank is gone, or does something else than the others.
+        RunError: another process is training the run.
     """
     ranks = bench.ranks
     if ranks.from_first(lambda: bench.run.read_json("training.json")) is not None:
@@ -66,7 +68,11 @@ def train_supernet(bench: Workbench, *, listener: Listener) -> None:
         told = ranks.sum(torch.tensor([correct, total], device=bench.torch_device)).tolist()
         return float(told[0] / told[1])
 
-    with bench.timed("train") if ranks.first else nullcontext(), counted(bench) as account:
+    with (
+        training_in(bench.checkpoints, ranks=ranks),
+        bench.timed("train") if ranks.first else nullcontext(),
+        counted(bench) as account,
+    ):
         train(
             supernet,
             data.train.divided(ranks.rank, of=ranks.world),

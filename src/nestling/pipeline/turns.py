@@ -1,7 +1,8 @@
-"""Turns: of all processes of one machine, one at a time measures on a device."""
+"""Turns: of all processes of one machine, one at a time measures on a device, and one trains in a folder."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nestling.run import RunError
+from nestling.train.distributed import Ranks
 
 
 @contextmanager
@@ -32,3 +36,44 @@ def turn(device: str, *, folder: Path | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def training_in(folder: Path, *, ranks: Ranks) -> Iterator[None]:
+    """Keeps processes that are no ranks of this one from training in `folder` meanwhile.
+
+    Two that wrote the same checkpoints would only take twice as long. The lock ends with the process, however
+    that ends; a file system without locks keeps nobody away.
+
+    Args:
+        folder: of the checkpoints; made where it is not there.
+        ranks: which train together: the first holds the lock for all.
+
+    Raises:
+        RunError: another process trains there; its number is named.
+    """
+    descriptors: list[int] = []
+
+    def lock() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptors.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        try:
+            fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptors[0], 32, 0).decode() or "unknown"
+            raise RunError(
+                f"process {holder} is training in {folder}; wait until it is done, or stop it: this command "
+                "then goes on from its newest checkpoint"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+        os.ftruncate(descriptors[0], 0)
+        os.pwrite(descriptors[0], str(os.getpid()).encode(), 0)
+
+    try:
+        ranks.from_first(lock)
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)

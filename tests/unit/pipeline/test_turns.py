@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nestling.pipeline.turns import turn
+from nestling.pipeline.turns import training_in, turn
+from nestling.run import RunError
+from nestling.train.distributed import ALONE
 
 HOLDS = """
 import sys, fcntl, os
@@ -68,3 +70,30 @@ def test_a_link_in_the_place_of_a_turn_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"), turn("ort:cpu", folder=tmp_path):
         os.abort()
     assert not aim.exists()
+
+
+def test_a_second_training_in_a_folder_is_refused_with_the_number_of_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "training"
+    with (
+        training_in(folder, ranks=ALONE),
+        pytest.raises(RunError, match=rf"process {os.getpid()} is training in .*training; wait"),
+        training_in(folder, ranks=ALONE),
+    ):
+        pass
+    with training_in(folder, ranks=ALONE):
+        pass
+
+
+def test_a_training_that_was_killed_keeps_nobody_away(tmp_path: Path) -> None:
+    folder = tmp_path / "training"
+    with training_in(folder, ranks=ALONE):
+        pass
+    command = [sys.executable, "-c", HOLDS, str(folder / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError), training_in(folder, ranks=ALONE):
+            pass
+        other.send_signal(signal.SIGKILL)
+    with training_in(folder, ranks=ALONE):
+        pass
