@@ -16,6 +16,7 @@ from nestling.models.operators import compute
 from nestling.quant.accumulating import accumulated, is_blocked, joined_sums
 from nestling.quant.activations import ACTIVATIONS
 from nestling.quant.arithmetic import Rule, integer_rule
+from nestling.quant.multiplying import is_multiplied, multiplied
 from nestling.quant.ranges import Range
 from nestling.quant.regions import MOVING_KINDS, absorbing
 
@@ -62,9 +63,9 @@ class Simulation:
         """The logits (N, classes) of `images` (N, 3, R, R) as the quantized file computes them.
 
         Integers are the runtime's to the last bit, see `nestling.quant.arithmetic`, and so are most
-        convolutions and activations of floats, see `nestling.quant.accumulating` and
-        `nestling.quant.activations`. What else it computes in floats may differ
-        in the last bit, and where such a number is rounded to an integer, by a step.
+        convolutions and activations of floats, see `nestling.quant.accumulating`,
+        `nestling.quant.multiplying` and `nestling.quant.activations`. What else it computes in floats may
+        differ in the last bit, and where such a number is rounded to an integer, by a step.
 
         Raises:
             ValueError: images of another shape.
@@ -139,7 +140,8 @@ def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
         rule = integer_rule(operator, ranges, ranges.get(written.name))
         if rule is None:
             rounds = operator.name in ranges and not _is_exact(operator, ranges)
-            yield Action(operator.inputs, operator.name, _float_rule(operator, ranges), rounds)
+            rule = _float_rule(operator, ranges, graph.shapes[operator.name])
+            yield Action(operator.inputs, operator.name, rule, rounds)
             continue
         absorbed.update(part.name for part in chain if whole)
         yield Action(operator.inputs, written.name, rule)
@@ -186,8 +188,8 @@ def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
     )
 
 
-def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
-    """`operator` on floats, between the integers that it reads and writes."""
+def _float_rule(operator: Operator, ranges: Mapping[str, Range], shape: tuple[int, ...]) -> Rule:
+    """`operator` on floats, between the integers that it reads and writes, of `shape`."""
     written = ranges.get(operator.name)
     read = [ranges.get(name) for name in operator.inputs]
     if operator.kind in MOVING_KINDS and written is not None:
@@ -196,11 +198,14 @@ def _float_rule(operator: Operator, ranges: Mapping[str, Range]) -> Rule:
             return partial(compute, operator)
     operator = rounded(operator, ranges)
     blocked = is_blocked(operator, ranges)
+    as_matrices = not blocked and is_multiplied(operator, shape)
 
     def apply(*tensors: Tensor) -> Tensor:
         numbers = [t if r is None else r.numbers(t) for t, r in zip(tensors, read, strict=True)]
         if blocked:
             result = accumulated(operator, *numbers)
+        elif as_matrices:
+            result = multiplied(operator, *numbers)
         elif operator.kind in ACTIVATIONS and numbers[0].dtype == torch.float32:
             result = ACTIVATIONS[operator.kind](operator, *numbers)
         else:
