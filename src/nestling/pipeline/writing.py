@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.export import Unwritable, load_onnx, official_export, save_onnx, to_onnx, with_metadata
-from nestling.quant import Quantized, insert_qdq, simulate
+from nestling.quant import Quantized, insert_qdq, simulate, with_integers
 
 
 def write_file(
@@ -31,7 +31,8 @@ def write_file(
     Raises:
         Unwritable: a file beyond 2 GiB.
     """
-    model = insert_qdq(to_onnx(quantized.graph, dynamic_batch=dynamic_batch), quantized.ranges)
+    graph = with_integers(quantized.graph, quantized.ranges)
+    model = insert_qdq(to_onnx(graph, dynamic_batch=dynamic_batch), quantized.ranges)
     save_onnx(with_metadata(model, metadata) if metadata else model, path)
 
 

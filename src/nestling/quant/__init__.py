@@ -7,7 +7,7 @@ from nestling.quant.mixed import halve
 from nestling.quant.observing import observe
 from nestling.quant.placing import place
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy, covers, most_exact
-from nestling.quant.qdq import insert_qdq
+from nestling.quant.qdq import insert_qdq, with_integers
 from nestling.quant.quantizing import Quantized, Recipe, quantize
 from nestling.quant.ranges import Range, Unquantizable
 from nestling.quant.size import weight_bits
@@ -32,4 +32,5 @@ __all__ = [
     "simulate",
     "split_gates",
     "weight_bits",
+    "with_integers",
 ]

@@ -15,6 +15,7 @@ _TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
 }
+INTEGER_TYPES = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32}
 
 
 def constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
@@ -29,6 +30,14 @@ def constant(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     """
     little = value.astype(value.dtype.newbyteorder("<"), copy=False)
     return TensorProto(name=name, data_type=_TYPES[value.dtype], dims=value.shape, raw_data=little.tobytes())
+
+
+def renamed(initializer: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """A copy of `initializer` that is called `name`."""
+    copy = TensorProto()
+    copy.CopyFrom(initializer)
+    copy.name = name
+    return copy
 
 
 def zeros(like: NDArray[np.generic]) -> onnx.TensorProto:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper
+from torch import Tensor
 
+from nestling.models.graph import Graph
 from nestling.quant.blocks import DOMAIN, blocked_layer
 from nestling.quant.gates import sum_gates
+from nestling.quant.protos import INTEGER_TYPES, renamed, tensor, zeros
 from nestling.quant.protos import constant as constant_of
-from nestling.quant.protos import tensor, zeros
 from nestling.quant.ranges import Range
+
+_TORCH_TYPES = {"int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32}
 
 
 def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.ModelProto:
@@ -25,7 +30,8 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
     cuts its bytes off, so that any runtime computes what such a precision would give.
 
     Args:
-        model: of 32-bit floats, with opset 21 or later.
+        model: of 32-bit floats, with opset 21 or later; its constants may be the integers of their ranges
+            already, see `with_integers`.
         ranges: by the model's names of tensors and initializers.
 
     Raises:
@@ -52,6 +58,12 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
             stored[constant.name] = constant
             continue
         found = ranges[constant.name]
+        if constant.data_type in INTEGER_TYPES:
+            _store(renamed(constant, f"{constant.name}.quantized"), stored)
+            nodes.append(
+                _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
+            )
+            continue
         values = tensor(constant)
         if found.block is not None:
             blocked[constant.name] = values
@@ -92,6 +104,32 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
         opset_imports=opsets,
         ir_version=model.ir_version,
         producer_name=model.producer_name,
+    )
+
+
+def with_integers(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
+    """`graph` with the integers of `ranges` in place of its constants, but for those in blocks.
+
+    Its model is for `insert_qdq` alone, which then gives the same file in two thirds of the time: floats are
+    four times as many bytes to write down, copy and read.
+    """
+
+    def stored(name: str, constant: Tensor | None) -> Tensor | None:
+        found = ranges.get(name)
+        if constant is None or found is None or found.block is not None:
+            return constant
+        return found.integers(constant).to(_TORCH_TYPES[found.stored])
+
+    return replace(
+        graph,
+        operators=tuple(
+            replace(
+                operator,
+                weight=stored(f"{operator.name}.weight", operator.weight),
+                bias=stored(f"{operator.name}.bias", operator.bias),
+            )
+            for operator in graph.operators
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nestling.export import to_onnx
 from nestling.models.graph import Graph, trace
-from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate
+from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate, with_integers
 
 ALL = QuantPolicy((("", "w8a8"),))
 
@@ -49,6 +49,15 @@ def test_the_file_computes_what_the_simulation_computes(graph: Graph, images: Te
     assert difference.max() < 0.02  # somewhere a number lies halfway between two integers
     exact = graph.run(images).numpy()
     assert np.abs(exact - got).max() > np.median(np.abs(exact - got)) > 1e-4  # it is quantized
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed", "w4a8", "w8", "w4-g64"])
+def test_constants_that_were_integers_before_give_the_same_file(
+    precision: str, graph: Graph, images: Tensor
+) -> None:
+    model, ranges = quantized(graph, QuantPolicy((("", precision),)), images)
+    early = insert_qdq(to_onnx(with_integers(graph, ranges), dynamic_batch=True), ranges)
+    assert early.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(
