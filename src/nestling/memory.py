@@ -21,7 +21,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     """Makes this process keep what it frees; whether it does so.
 
     Without it glibc gives every block beyond some megabytes back as soon as a tensor is freed, and the system
-    hands the next tensor empty pages, one fault for each 4 KiB: on a CPU a quarter of a training step. The
+    hands the next tensor empty pages, one fault for each 4 KiB: tens of thousands in a training step. The
     price is that the process holds the most that it ever needed until it ends.
 
     Elsewhere than on Linux with glibc, and where the user's environment says how glibc is to allocate,
