@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from nestling.config import ConfigError
 from nestling.export import ExportMismatch
 from nestling.models.families import Family
@@ -209,7 +207,7 @@ def _measure(bench: Workbench, arch: Arch, known: dict[str, Any]) -> None:
         ) from error
     if found.unstable:
         return
-    known.setdefault("reference_ms", float(np.median(found.reference_seconds)) * 1e3)
+    known.setdefault("reference_ms", found.reference_ms)
     row = {"decisions": dict(arch), "ratio": found.ratio, "noise": found.ratio_noise}
     known["networks"][arch.key] = row
     bench.run.write_json(MEASURED, known)

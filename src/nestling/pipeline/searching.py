@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import (
     cost_metrics,
@@ -26,7 +24,8 @@ from nestling.pipeline.seeding import seeds
 from nestling.pipeline.steadying import PAUSES_AT_END, steadied
 from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import Measurement
+from nestling.profile import Measurement, WorkerDevice
+from nestling.profile.address import Address, parse_addresses
 from nestling.quant import Unquantizable
 from nestling.run import RunError
 from nestling.search import (
@@ -219,9 +218,17 @@ def _evaluation(
 
 def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Listener) -> SearchResult:
     """The result, the unstable latencies of its front measured again and recorded."""
-    if not result.unstable:
+    if "latency_ms" not in problem(bench).needed():
         return result
-    asked = problem(bench)
+    asked, address = problem(bench), parse_addresses(bench.config.profile.device)
+    # what is measured elsewhere is doubted there, and a search that is done needs no line to it
+    elsewhere = not isinstance(address, Address) or address.place is not None
+
+    def doubted(trial: Trial) -> bool:
+        path = bench.candidate_path(trial.arch)
+        if elsewhere or not path.exists():
+            return False
+        return isinstance(bench.device, WorkerDevice) and bench.device.doubts(path)
 
     def time_again(trial: Trial) -> Metrics:
         path = bench.candidate_path(trial.arch)
@@ -233,11 +240,19 @@ def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Li
 
     def keep(trial: Trial, metrics: Metrics) -> SearchResult:
         before = trial.metrics["latency_ms"]
-        listener.note(f"{trial.arch.key} was timed again: {metrics['latency_ms']:.4g} ms, not {before:.4g}")
+        told = f"{metrics['latency_ms']:.4g} ms" if "latency_ms" in metrics else "unstable"
+        listener.note(f"{trial.arch.key} was timed again: {told}, not {before:.4g} ms")
         correct_trial(asked, trial, metrics, storage=place.storage, name=place.name)
         return load_result(asked, storage=place.storage, name=place.name)
 
-    return steadied(result, time_again=time_again, keep=keep, note=listener.note, pauses=PAUSES_AT_END)
+    return steadied(
+        result,
+        doubted=doubted,
+        time_again=time_again,
+        keep=keep,
+        note=listener.note,
+        pauses=PAUSES_AT_END,
+    )
 
 
 def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:
@@ -249,7 +264,7 @@ def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict
     fingerprint = measurement.fingerprint
     here = {
         "key": fingerprint.key,
-        "latency_ms": float(np.median(measurement.reference_seconds)) * 1e3,
+        "latency_ms": measurement.reference_ms,
         "fingerprint": asdict(fingerprint),
     }
     mine = json.dumps(bench.run.read_json(REFERENCE) or here)

@@ -1,4 +1,4 @@
-"""The end of a search: members of its front whose latency is unstable are timed again."""
+"""The end of a search: members of its front whose latency is unstable or doubted are timed again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ PAUSES_AT_END = (0.0, 3.0, 6.0)
 def steadied(
     result: SearchResult,
     *,
+    doubted: Callable[[Trial], bool] = lambda _: False,
     time_again: Callable[[Trial], Metrics],
     keep: Callable[[Trial, Metrics], SearchResult],
     note: Callable[[str], None],
@@ -23,10 +24,11 @@ def steadied(
     """The result, its front taken of latencies that are stable, as far as the device lets them be.
 
     A member that turns out slower may make room for another one, which is then timed again in the next round.
-    A latency that is unstable again changes nothing.
+    A latency that is unstable again changes nothing, but that one that was stable is so no more.
 
     Args:
         result: of a search that has come to its end.
+        doubted: whether a trial's latency, once stable, is from when the device was slower than it can be.
         time_again: the latency metrics of a trial's network, measured now.
         keep: records metrics of a trial in place of its own, and gives the result that follows.
         note: is told what could not be timed again.
@@ -34,10 +36,11 @@ def steadied(
         sleep: waits for so many seconds.
     """
     for pause in pauses:
-        if not result.unstable:
+        restless = [trial for trial in result.front if trial in result.unstable or doubted(trial)]
+        if not restless:
             break
         sleep(pause)
-        for trial in result.unstable:
+        for trial in restless:
             try:
                 metrics = time_again(trial)
             except EvaluationFailed as error:
@@ -45,4 +48,6 @@ def steadied(
                 continue
             if metrics["latency_unstable"] == 0:
                 result = keep(trial, metrics)
+            elif trial not in result.unstable:
+                result = keep(trial, {"latency_unstable": 1.0})
     return result

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nestling.profile.address import AdbPlace, Address, SshPlace, parse_address
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.store import MeasurementStore
 from nestling.profile.transport import DeviceError, Transport
 from nestling.profile.transport_local import LocalProcess
@@ -122,6 +123,7 @@ def connect(
         tolerance=tolerance,
         timeout_seconds=timeout_seconds,
         store=store,
+        quiet=QuietTimes(),
     )
     device.start()
     return device

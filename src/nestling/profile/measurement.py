@@ -27,6 +27,11 @@ WIDEST_SLOWDOWN = 0.10
 """So does a clock that was slower at the end than at the beginning by more than this part."""
 MOST_STOLEN = 0.05
 """So does a part that the hypervisor gave to other machines."""
+MOST_SLOWED = 1.15
+"""So does a reference model that took more than so many times what it takes on the device at its best.
+
+On two threads of a core, one of them kept busy, it took 1.5 times as long, and other networks 1.25 to 1.5.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,8 @@ class Conditions:
     mhz_before: float | None = None
     mhz: float | None = None
     """The clock of the slowest core used, at the end."""
+    slowed: float | None = None
+    """How many times as long as on this device at its best the reference model took."""
     peak_bytes: float | None = None
     """The most memory that the worker had, beyond what it had before it read the file."""
 
@@ -159,6 +166,12 @@ class Measurement:
         return low * 1e3, high * 1e3
 
     @property
+    def reference_ms(self) -> float:
+        """The median time of the reference model; where its best is known, that of a device at its best."""
+        took = float(np.median(self.reference_seconds)) * 1e3
+        return took if self.conditions.slowed is None else took / self.conditions.slowed
+
+    @property
     def ratio(self) -> float:
         """The median, over pairs of neighbours, of the file's time divided by the reference model's."""
         return float(np.median(self._ratios()))
@@ -208,6 +221,10 @@ class Measurement:
             reasons.append("there is only one time")
         elif drift > WIDEST_DRIFT:
             reasons.append(f"the reference model was {drift:.0%} slower in one half than in the other")
+        if told.slowed is not None and told.slowed > MOST_SLOWED:
+            reasons.append(
+                f"the reference model took {told.slowed:.2f} times as long as on this device at its best"
+            )
         if told.missed:
             reasons.append(f"half of the time limit was gone after {len(self.seconds)} pairs of calls")
         if told.interrupted is not None and told.interrupted > MOST_INTERRUPTED:

@@ -20,6 +20,7 @@ from nestling.profile.devices import Device, check_limits, connect, transport_to
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.leases import Job, LeaseQueue
 from nestling.profile.measurement import Fingerprint, Measurement
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
@@ -308,6 +309,7 @@ def open_device(
     check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
     members = (parsed,) if isinstance(parsed, Address) else parsed.members
     folder = tempfile.TemporaryDirectory(prefix="nestling-pool.")
+    quiet = QuietTimes() if len(members) == 1 else None  # several are compared with each other
     pool = DevicePool(
         [
             WorkerDevice(
@@ -316,6 +318,7 @@ def open_device(
                 seconds=seconds,
                 tolerance=tolerance,
                 timeout_seconds=timeout_seconds,
+                quiet=quiet,
             )
             for member in members
         ],

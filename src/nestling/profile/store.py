@@ -167,6 +167,21 @@ class MeasurementStore:
             connection.execute("COMMIT")
         return self._parse(row[0])
 
+    def doubt(self, measurement: Measurement, *, file: str, settings: str) -> None:
+        """Moves a measurement that was stable to those that are not, as `measurement` now has it.
+
+        Raises:
+            ValueError: it is stable.
+        """
+        if not measurement.unstable:
+            raise ValueError(f"the measurement of {file} is stable; there is nothing to doubt")
+        key = (file, measurement.fingerprint.key, settings)
+        self.put(measurement, file=file, settings=settings)
+        with self._open() as connection:
+            connection.execute(
+                "DELETE FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?", key
+            )
+
     def unstable(self, file: str | None = None) -> list[Measurement]:
         """Every unstable measurement, those of one file where `file` is given, in order."""
         with self._open() as connection:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nestling.profile.address import Address
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.reference import reference_model
 from nestling.profile.runtimes import RUNTIMES
 from nestling.profile.store import MeasurementStore
@@ -46,11 +47,12 @@ class WorkerDevice:
         tolerance: float,
         timeout_seconds: float,
         store: MeasurementStore | None = None,
+        quiet: QuietTimes | None = None,
     ) -> None:
         self.address = address
         self.transport = transport
         self.seconds, self.tolerance, self.timeout_seconds = seconds, tolerance, timeout_seconds
-        self.store = store
+        self.store, self.quiet = store, quiet
         self._fingerprint: Fingerprint | None = None
         self._held: dict[tuple[str, tuple[int, ...]], str] = {}
         self._alone = threading.RLock()
@@ -97,7 +99,8 @@ class WorkerDevice:
     def measure(self, path: Path) -> Measurement:
         """How long the file takes, from the store where it has been measured before.
 
-        An unstable measurement is kept for the record only: asked again, the file is timed again.
+        An unstable measurement is kept for the record only: asked again, the file is timed again. So is one
+        from when the device was slower than it was seen to be since.
 
         Raises:
             DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
@@ -105,14 +108,24 @@ class WorkerDevice:
         model = self._read(path)
         key = hashlib.sha256(model).hexdigest()
         with self._alone:
-            if self.store is not None:
-                known = self.store.get(key, fingerprint=self.fingerprint, settings=self.settings)
-                if known is not None:
-                    return known
+            known = self._stored(key)
+            if known is not None and not known.unstable:
+                return known
+            if known is not None and self.store is not None:
+                self.store.doubt(known, file=key, settings=self.settings)
             measurement = self._time(path, model)
         if self.store is None:
             return measurement
         return self.store.put(measurement, file=key, settings=self.settings)
+
+    def doubts(self, path: Path) -> bool:
+        """Whether the store's time of the file is from when the device was slower than it was seen since.
+
+        Raises:
+            DeviceError: no such file.
+        """
+        known = self._stored(hashlib.sha256(self._read(path)).hexdigest())
+        return known is not None and known.unstable
 
     def predict(
         self, path: Path, images: NDArray[np.float32], *, key: str | None = None
@@ -315,7 +328,7 @@ class WorkerDevice:
         finally:
             self._drop(models=[CANDIDATE])
         candidate, beside = np.frombuffer(answer.blob, dtype="<i8").reshape(2, -1) / 1e9
-        return Measurement(
+        measurement = Measurement(
             fingerprint=fingerprint,
             seconds=tuple(candidate.tolist()),
             reference_seconds=tuple(beside.tolist()),
@@ -324,6 +337,14 @@ class WorkerDevice:
             conditions=Conditions.of(answer.message.get("conditions", {})),
             elsewhere=Elsewhere(**moved) if (moved := loaded.get("elsewhere")) else None,
         )
+        return measurement if self.quiet is None or reference != REFERENCE else self.quiet.heard(measurement)
+
+    def _stored(self, key: str) -> Measurement | None:
+        """What the store has of the file with this key, judged by how fast the device is known to be."""
+        if self.store is None:
+            return None
+        known = self.store.get(key, fingerprint=self.fingerprint, settings=self.settings)
+        return known if known is None or self.quiet is None else self.quiet.judged(known)
 
     def _hold(self, path: Path, images: NDArray[np.float32], *, key: str | None, until: float) -> str:
         """The name under which the worker holds `images`."""

@@ -85,4 +85,4 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     assert found.unstable == ()
     assert found.trials[0].metrics["latency_ms"] == 6.0
     assert found.trials == searched(bench).trials
-    assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1"]
+    assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1 ms"]

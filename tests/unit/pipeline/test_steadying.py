@@ -37,6 +37,7 @@ class Bench:
         self.result, self.answers = result, answers
         self.slept: list[float] = []
         self.notes: list[str] = []
+        self.doubted: set[int] = set()
 
     def time_again(self, trial: Trial) -> Metrics:
         answer = self.answers[trial.number].pop(0)
@@ -53,6 +54,7 @@ class Bench:
     def steadied(self) -> SearchResult:
         return steadied(
             self.result,
+            doubted=lambda trial: trial.number in self.doubted,
             time_again=self.time_again,
             keep=self.keep,
             note=self.notes.append,
@@ -86,6 +88,25 @@ def test_what_stays_unstable_is_tried_so_often_and_keeps_what_it_had() -> None:
     result = bench.steadied()
     assert [trial.metrics["latency_ms"] for trial in result.unstable] == [1.0]
     assert bench.slept == [0.0, 3.0]
+
+
+def test_a_doubted_member_is_timed_again_and_said_to_be_unstable_where_it_is() -> None:
+    answers: dict[int, list[Metrics | str]] = {
+        0: [timed(0.5, unstable=False)],
+        1: [timed(0.6, unstable=True), timed(0.7, unstable=True)],
+    }
+    bench = Bench(found((1.0, False), (2.0, False), (3.0, False)), answers)
+    bench.doubted = {0, 1}
+    keep = bench.keep
+
+    def kept(trial: Trial, metrics: Metrics) -> SearchResult:
+        bench.doubted -= {trial.number}
+        return keep(trial, metrics)
+
+    bench.keep = kept  # type: ignore[method-assign]
+    result = bench.steadied()
+    assert [trial.metrics["latency_ms"] for trial in result.front] == [0.5, 2.0, 3.0]
+    assert [trial.number for trial in result.unstable] == [1]
 
 
 def test_a_device_that_fails_is_told_of_and_the_others_are_timed() -> None:

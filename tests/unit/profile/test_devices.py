@@ -27,6 +27,7 @@ from nestling.profile import (
 )
 from nestling.profile.address import parse_address
 from nestling.profile.devices import transport_to
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.transport import Answer
 from nestling.profile.transport_adb import AdbProcess
 from nestling.profile.transport_local import LocalProcess
@@ -44,6 +45,8 @@ class FakeTransport:
         self.running = False
         self.starts = 0
         self.cpu = "A CPU"
+        self.nanoseconds = 3_000_000, 1_000_000
+        """Of the file and of the reference model."""
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def start(self) -> None:
@@ -80,7 +83,7 @@ class FakeTransport:
         if verb == "load":
             return Answer({"load_seconds": 0.1, "first_seconds": 0.2}, b"")
         if verb == "time":
-            return Answer({}, np.array([[3_000_000] * 40, [1_000_000] * 40], "<i8").tobytes())
+            return Answer({}, np.array([[took] * 40 for took in self.nanoseconds], "<i8").tobytes())
         if verb == "predict":
             return Answer({"shape": [2, 4]}, np.zeros((2, 4), "<f4").tobytes())
         return Answer({}, b"")
@@ -89,9 +92,17 @@ class FakeTransport:
         return [verb for verb, _ in self.asked]
 
 
-def fake_device(transport: FakeTransport, *, store: MeasurementStore | None = None) -> WorkerDevice:
+def fake_device(
+    transport: FakeTransport, *, store: MeasurementStore | None = None, quiet: QuietTimes | None = None
+) -> WorkerDevice:
     return WorkerDevice(
-        Address("cpu"), transport=transport, seconds=1, tolerance=0.01, timeout_seconds=5, store=store
+        Address("cpu"),
+        transport=transport,
+        seconds=1,
+        tolerance=0.01,
+        timeout_seconds=5,
+        store=store,
+        quiet=quiet,
     )
 
 
@@ -115,6 +126,33 @@ def test_the_same_file_is_never_timed_twice(tiny: Path, tmp_path: Path) -> None:
     copy.write_bytes(tiny.read_bytes() + b"\0")
     fake_device(transport, store=store).measure(copy)
     assert transport.verbs().count("time") == 2
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_once_it_was_seen_faster(
+    tiny: Path, tmp_path: Path
+) -> None:
+    quiet, store = QuietTimes(tmp_path / "devices.db"), MeasurementStore(tmp_path / "m.sqlite")
+    transport = FakeTransport()
+    device = fake_device(transport, store=store, quiet=quiet)
+    transport.nanoseconds = (3_600_000, 1_500_000)
+    assert device.measure(tiny).ratio == pytest.approx(2.4)
+    assert not device.doubts(tiny)
+    transport.nanoseconds = (3_000_000, 1_000_000)
+    other = tmp_path / "other.onnx"
+    other.write_bytes(tiny.read_bytes() + b"\0")
+    device.measure(other)
+    assert device.doubts(tiny)
+    assert device.measure(tiny).ratio == pytest.approx(3)
+    assert not device.doubts(tiny)
+    assert device.measure(tiny).ratio == pytest.approx(3)
+    assert transport.verbs().count("time") == 3
+    assert [taken.ratio for taken in store.unstable()] == pytest.approx([2.4])
+
+
+def test_beside_another_file_nothing_is_said_of_the_devices_best(tiny: Path, tmp_path: Path) -> None:
+    device = fake_device(FakeTransport(), quiet=QuietTimes(tmp_path / "devices.db"))
+    assert device.measure(tiny).conditions.slowed == 1.0
+    assert device.compare(tiny, tiny, seconds=1).conditions.slowed is None
 
 
 def test_a_lost_worker_fails_one_call_and_is_replaced_for_the_next(tiny: Path) -> None:

@@ -1,0 +1,92 @@
+"""A machine that is busy all the time is told by what it did before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nestling.profile import Measurement
+from nestling.profile.quiet import KEPT_SECONDS, QuietTimes, state_file
+
+Measured = Callable[..., Measurement]
+
+
+@pytest.fixture
+def taken(measured: Measured) -> Callable[[float], Measurement]:
+    """A measurement in which the reference model took so many seconds each time."""
+    return lambda seconds: measured(*[3 * seconds] * 40, reference=(seconds,) * 40)
+
+
+def test_a_device_slower_than_it_was_is_unstable_and_says_by_how_much(
+    tmp_path: Path, taken: Callable[[float], Measurement]
+) -> None:
+    quiet = QuietTimes(tmp_path / "devices.db")
+    first = quiet.heard(taken(1.0))
+    assert (first.conditions.slowed, first.unstable) == (1.0, False)
+    assert not quiet.heard(taken(1.1)).unstable
+    busy = quiet.heard(taken(1.5))
+    assert busy.unstable_because == (
+        "the reference model took 1.50 times as long as on this device at its best",
+    )
+    assert busy.reference_ms == pytest.approx(1)
+    assert busy.ratio == pytest.approx(3)
+
+
+def test_other_processes_know_it_and_a_faster_time_doubts_what_was_stable(
+    tmp_path: Path, taken: Callable[[float], Measurement]
+) -> None:
+    path = tmp_path / "below" / "devices.db"
+    slow = QuietTimes(path).heard(taken(1.5))
+    assert not slow.unstable
+    assert QuietTimes(path).heard(taken(1.0)).conditions.slowed == 1.0
+    assert QuietTimes(path).judged(slow).unstable
+    assert QuietTimes(tmp_path / "another.db").judged(slow).conditions.slowed is None
+
+
+def test_a_restless_measurement_is_nobodys_best(tmp_path: Path, measured: Measured) -> None:
+    quiet = QuietTimes(tmp_path / "devices.db")
+    restless = measured(*[1.0, 2.0] * 20, reference=(0.5,) * 40)
+    assert restless.unstable
+    assert quiet.heard(restless).conditions.slowed is None
+    assert quiet.heard(measured(*[3.0] * 40, reference=(1.0,) * 40)).conditions.slowed == 1.0
+
+
+def test_a_best_that_was_not_seen_again_for_a_month_holds_no_more(
+    tmp_path: Path, taken: Callable[[float], Measurement]
+) -> None:
+    now = [0.0]
+    quiet = QuietTimes(tmp_path / "devices.db", now=lambda: now[0])
+    quiet.heard(taken(1.0))
+    now[0] = 0.9 * KEPT_SECONDS
+    assert quiet.heard(taken(1.04)).conditions.slowed == pytest.approx(1.04)  # which sees it again
+    now[0] = 1.8 * KEPT_SECONDS
+    assert not quiet.judged(taken(1.0)).unstable  # an old one, which sees nothing again
+    assert quiet.heard(taken(1.5)).unstable
+    now[0] = 2.0 * KEPT_SECONDS
+    assert not quiet.heard(taken(1.5)).unstable
+
+
+@pytest.mark.parametrize("content", [None, b"no database at all, but long enough to be looked at"])
+def test_where_nothing_can_be_kept_a_process_knows_its_own_best(
+    content: bytes | None, tmp_path: Path, taken: Callable[[float], Measurement]
+) -> None:
+    path = tmp_path / "file" / "devices.db"
+    if content is None:
+        path.parent.write_bytes(b"no folder")
+    else:
+        path.parent.mkdir()
+        path.write_bytes(content)
+    quiet = QuietTimes(path)
+    quiet.heard(taken(1.0))
+    assert quiet.heard(taken(1.5)).unstable
+    assert content is None or path.read_bytes() == content
+
+
+def test_it_is_kept_in_the_users_folder_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/states")
+    assert state_file() == Path("/states/nestling/devices.db")
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/one")
+    assert state_file() == Path("/home/one/.local/state/nestling/devices.db")
