@@ -28,9 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": set(),
     "search": {"space"},
     "report": {"search", "profile", "space", "run"},
-    "pipeline": EVERY_PART - {"pipeline", "console", "cli"},
+    "pipeline": EVERY_PART - {"memory", "pipeline", "console", "cli"},
     "console": {"pipeline"},
-    "cli": {"pipeline", "config", "console", "run", "space", "profile"},
+    "cli": {"pipeline", "config", "console", "run", "space", "profile", "memory"},
 }
 """Part of the package -> the other parts that it may import."""
 

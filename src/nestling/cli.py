@@ -74,6 +74,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def run(config: ConfigFile, output: Output = None, set_: Overrides = None, resume: Resume = False) -> None:
     """Train, search, export and report, all of it; continues where it was stopped."""
+    _keep_memory()
     _check_alone()
     loaded, folder = _load(config, output, set_, resume=resume)
     from nestling import console, pipeline
@@ -89,6 +90,7 @@ def train(config: ConfigFile, output: Output = None, set_: Overrides = None, res
 
     On many GPUs: `torchrun --nproc_per_node=8 -m nestling.cli train CONFIG`, on a folder that all see.
     """
+    _keep_memory()
     loaded, folder = _load(config, output, set_, resume=resume)
     from nestling import console, pipeline
 
@@ -122,6 +124,7 @@ def evaluate(
 
     On many GPUs: `torchrun --nproc_per_node=8 -m nestling.cli evaluate RUN`.
     """
+    _keep_memory()
     _check_run(folder, together=True)
     from nestling import console, pipeline
 
@@ -199,6 +202,7 @@ def search(
     With limits, which take the place of those on the same metrics, the best network that keeps them all is
     handed over; candidates of before are judged anew, and not evaluated again.
     """
+    _keep_memory()
     begins = from_ is not None and not (folder / "training.json").exists()
     _check_run(folder if from_ is None or not begins else from_)
     from nestling import console, pipeline
@@ -240,6 +244,7 @@ def worker(
 
     On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database.
     """
+    _keep_memory()
     _check_run(folder)
     from nestling import console, pipeline
 
@@ -338,6 +343,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train one network further, or anew, and hand it over; continues where it was stopped."""
+    _keep_memory()
     _check_run(folder)
     from nestling import console, pipeline
 
@@ -608,6 +614,13 @@ def _end(error: Exception) -> NoReturn:
     if str(error):  # a command without arguments has printed its help, and has nothing to add
         print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
+
+
+def _keep_memory() -> None:
+    """Lets this process train faster on a CPU, for the memory that it then holds to its end."""
+    from nestling.memory import keep_freed_memory
+
+    keep_freed_memory()
 
 
 def _check_alone() -> None:

@@ -108,6 +108,30 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: tuple[str, ...], cod
     assert not (ROOT / "nowhere").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (("run", "nowhere.toml"), 1),
+        (("train", "nowhere.toml"), 1),
+        (("evaluate", "nowhere"), 1),
+        (("search", "nowhere"), 1),
+        (("search", "nowhere", "--from", "nowhere"), 1),
+        (("worker", "nowhere"), 1),
+        (("finetune", "nowhere", "largest"), 1),
+        (("report", "nowhere"), 0),
+        (("export", "nowhere"), 0),
+        (("space", "nowhere.toml"), 0),
+    ],
+)
+def test_commands_that_train_or_search_keep_the_memory_that_they_free(
+    arguments: tuple[str, ...], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr("nestling.memory.keep_freed_memory", lambda: asked.append(None))
+    assert _nestling(*arguments).returncode == 2
+    assert len(asked) == kept
+
+
 def test_what_each_choice_governs_is_a_table_or_json() -> None:
     done = _nestling("space", "search_spaces/mobilenet_digits.toml", "--axes", "--classes", "10", "--json")
     rows = {row["choice"]: row for row in json.loads(done.stdout)}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
-from nestling.memory import keep_freed_memory
 from nestling.models.building import build_shapes
 from nestling.models.compiling import Call
 from nestling.models.cost import cost
@@ -39,7 +38,7 @@ OFFERED = "precisions.json"
 
 
 class Workbench:
-    """One run, opened for work; from then on this process keeps the memory that its tensors free.
+    """One run, opened for work.
 
     Args:
         run: the run's folder.
@@ -53,7 +52,6 @@ class Workbench:
     """
 
     def __init__(self, run: Run, *, ranks: Ranks = ALONE) -> None:
-        keep_freed_memory()
         self.run = run
         self.ranks = ranks
         self.config = run.config()
