@@ -30,6 +30,7 @@ fmt: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/lending_overhead.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/kept_memory.py
 	$(BIN)/python benchmarks/kill_resume.py
 	$(BIN)/python benchmarks/arch_switch.py
 	$(BIN)/python benchmarks/cost_counter.py

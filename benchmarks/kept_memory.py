@@ -1,88 +1,127 @@
-"""A process that keeps the memory its tensors free trains faster on a CPU.
+"""A command that keeps the memory its tensors free trains faster on a CPU.
 
-Each process takes sandwich steps (largest, smallest, two random networks, SGD) of the small CIFAR space, 128
-images of 32 px, as `configs/cifar10_cpu.toml` does; fresh processes with and without `keep_freed_memory` take
-turns, in random order within a pair. Told are the ratios, kept against not, of seconds and of processor
-seconds a step, by the median of the pairs with its quartiles, and page faults a step.
+Each process is `nestling train configs/cifar10_cpu.toml`, shortened and with the built-in digits, enlarged to
+the same 32 px; from the first step to the last are measured: seconds, processor seconds, page faults, and the
+most memory that the process ever held. Some processes are the command as it is, the others the same with its
+switch, an empty GLIBC_TUNABLES in the environment; pairs of fresh ones take turns, in random order within a
+pair. Told are the ratios, kept against given back, by the median of the pairs with its quartiles.
 
-Claim: at the median a step takes at most 1.0 of the processor seconds.
+Claim: at the median a training takes at most 1.0 of the processor seconds.
 
-    python benchmarks/kept_memory.py [--check] [--pairs 8] [--steps 12] [--threads 2]
+    python benchmarks/kept_memory.py [--check] [--pairs 8] [--epochs 2] [--threads 2]
 
-Takes 5 minutes on 2 idle cores.
+Takes 10 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from lending_overhead import sandwich, sgd, update
 from record import Benchmark, Figures, quartiles
 
-from nestling.memory import keep_freed_memory
-from nestling.models.families import family
-from nestling.models.supernet import Supernet
-from nestling.space.files import load_space
+from nestling import cli, memory
+from nestling.config import load_config
+from nestling.pipeline import training
 
-SPACE = Path(__file__).parents[1] / "search_spaces" / "mobilenet_cifar_small.toml"
-IMAGES, PIXELS, CLASSES = 128, 32, 10
-WARM_UP = 3
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_cpu.toml"
+PIXELS, IMAGES = 32, 1024
 MOST = 1.0
 WAYS = ("kept", "given back")
 
 
-def measured_here(way: str, *, steps: int, threads: int) -> dict[str, float]:
-    """Seconds, processor seconds and page faults of a step in this process."""
-    if way == "kept" and not keep_freed_memory():
-        raise SystemExit("memory cannot be kept here: not Linux with glibc, or the environment forbids it")
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    space = load_space(SPACE).with_constants({"classes": CLASSES})
-    supernet = Supernet(space, family(space.family).build).train()
-    images = torch.randn(IMAGES, 3, PIXELS, PIXELS)
-    labels = torch.randint(CLASSES, (IMAGES,))
-    optimizer = sgd(supernet.largest)
-    rng = random.Random(0)
+def environment(way: str, *, threads: int) -> dict[str, str]:
+    """Of a process that does `way`: nothing of the user's says how to allocate."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(memory.OWN)}
+    switch = {} if way == "kept" else {"GLIBC_TUNABLES": ""}
+    return {**ours, **switch, "OMP_NUM_THREADS": str(threads)}
 
-    def step() -> None:
-        archs = (space.largest, space.smallest, space.sample(rng), space.sample(rng))
-        sandwich([lambda batch, arch=arch: supernet(batch, arch) for arch in archs], images, labels)
-        update(optimizer)
 
-    for _ in range(WARM_UP):
-        step()
-    began, spent = time.perf_counter(), time.process_time()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(steps):
-        step()
-    return {
-        "seconds": (time.perf_counter() - began) / steps,
-        "processor_seconds": (time.process_time() - spent) / steps,
-        "faults": (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / steps,
-    }
+def words(folder: Path, *, epochs: float) -> list[str]:
+    """Of the command that trains in `folder`."""
+    train = load_config(CONFIG).train
+    shorter = epochs / train.epochs
+    laid = {
+        "torch_device": '"cpu"', "data.source": '"digits"', "data.size": PIXELS, "data.train_images": IMAGES,
+        "data.search_images": 200, "train.epochs": epochs, "train.ramp_epochs": train.ramp_epochs * shorter,
+        "train.warmup_epochs": train.warmup_epochs * shorter,
+    }  # fmt: skip
+    sets = [word for key, value in laid.items() for word in ("--set", f"{key}={value}")]
+    return ["train", str(CONFIG), "--output", str(folder), *sets]
+
+
+def measure_here(told: Path, command: list[str]) -> None:
+    """Runs `command` in this process, and writes to `told` what its training took.
+
+    Raises:
+        SystemExit: always, as the command does.
+    """
+    taken: dict[str, Any] = {}
+    real_keep, real_train = memory.keep_freed_memory, training.train
+
+    def keep() -> bool:
+        taken["kept"] = real_keep()
+        return bool(taken["kept"])
+
+    def train(*arguments: Any, **named: Any) -> None:
+        began, spent = time.perf_counter(), time.process_time()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        real_train(*arguments, **named)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        taken["seconds"] = time.perf_counter() - began
+        taken["processor_seconds"] = time.process_time() - spent
+        taken["faults"] = used.ru_minflt - faults
+        taken["most_bytes"] = 1024 * used.ru_maxrss
+
+    vars(memory)["keep_freed_memory"], vars(training)["train"] = keep, train
+    sys.argv = ["nestling", *command]
+    try:
+        cli.main()
+    finally:
+        told.write_text(json.dumps(taken))
+
+
+def measured(way: str, options: argparse.Namespace) -> dict[str, float]:
+    """What a training takes in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        command = words(Path(folder) / "run", epochs=options.epochs)
+        ran = subprocess.run(
+            [sys.executable, __file__, "--told", str(told), *command],
+            env=environment(way, threads=options.threads),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode != 0:
+            raise SystemExit(f"nestling train ended with {ran.returncode}: {ran.stderr[-2000:]}")
+        taken: dict[str, float] = json.loads(told.read_text())
+    if taken.pop("kept") is not (way == "kept"):
+        raise SystemExit(f"memory was to be {way}, and nestling train did not do so")
+    return taken
 
 
 def measure(options: argparse.Namespace) -> Figures:
     """What every process measured, in pairs."""
+    if platform.libc_ver()[0] != "glibc":
+        raise SystemExit(f"memory is kept with glibc alone; this is {platform.libc_ver()[0] or 'another'}")
     rng = random.Random(0)
     pairs = []
     for _ in range(options.pairs):
-        pair = {}
-        for way in rng.sample(WAYS, 2):
-            words = ["--way", way, "--steps", str(options.steps), "--threads", str(options.threads)]
-            told = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True)
-            pair[way] = json.loads(told.stdout)
+        pair = {way: measured(way, options) for way in rng.sample(WAYS, 2)}
         pairs.append(pair)
-        print("  ".join(f"{way}: {1e3 * pair[way]['seconds']:.0f} ms" for way in WAYS), flush=True)
-    return {"steps": options.steps, "threads": options.threads, "pairs": pairs}
+        print("  ".join(f"{way}: {pair[way]['processor_seconds']:.1f} s" for way in WAYS), flush=True)
+    return {"epochs": options.epochs, "images": IMAGES, "threads": options.threads, "pairs": pairs}
 
 
 def ratios(figures: Figures, what: str) -> tuple[float, float, float]:
@@ -93,35 +132,40 @@ def ratios(figures: Figures, what: str) -> tuple[float, float, float]:
 def misses(figures: Figures) -> list[str]:
     """Whether keeping memory costs time."""
     got = ratios(figures, "processor_seconds")[1]
-    return [] if got <= MOST else [f"a step takes {got:.3f} of the processor seconds, at most {MOST}"]
+    return [] if got <= MOST else [f"a training takes {got:.3f} of the processor seconds, at most {MOST}"]
 
 
 def sentence(figures: Figures) -> str:
     """The figures in one line."""
     low, middle, high = ratios(figures, "seconds")
     least, half, most = ratios(figures, "processor_seconds")
-    faults = [quartiles([pair[way]["faults"] for pair in figures["pairs"]])[1] for way in WAYS]
+
+    def median(what: str) -> list[float]:
+        return [quartiles([pair[way][what] for pair in figures["pairs"]])[1] for way in WAYS]
+
+    faults, held = median("faults"), [size / 1e9 for size in median("most_bytes")]
     return (
-        f"with freed memory kept, a sandwich step takes {middle:.3f} of the time ({low:.3f} to {high:.3f}) "
-        f"and {half:.3f} of the processor seconds ({least:.3f} to {most:.3f}); "
-        f"{faults[0]:.0f} page faults a step instead of {faults[1]:.0f}; {len(figures['pairs'])} pairs of "
-        "processes"
+        f"with freed memory kept, nestling train takes {middle:.3f} of the time ({low:.3f} to {high:.3f}) "
+        f"and {half:.3f} of the processor seconds ({least:.3f} to {most:.3f}), with {faults[0]:.0f} page "
+        f"faults instead of {faults[1]:.0f}, and holds {held[0]:.2f} GB instead of {held[1]:.2f}; "
+        f"{len(figures['pairs'])} pairs of processes"
     )
 
 
 BENCHMARK = Benchmark("kept_memory", __doc__, measure, sentence, misses)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
+    given = sys.argv[1:] if given is None else given
+    if given[:1] == ["--told"]:
+        measure_here(Path(given[1]), given[2:])
     parser = BENCHMARK.parser()
     parser.add_argument("--pairs", type=int, default=8, metavar="N", help="of processes [default: 8]")
-    parser.add_argument("--steps", type=int, default=12, metavar="N", help="in each process [default: 12]")
+    parser.add_argument("--epochs", type=float, default=2, metavar="N", help="in each process [default: 2]")
     parser.add_argument("--threads", type=int, default=2, help="of torch [default: 2]")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
-    if options.way is not None:
-        print(json.dumps(measured_here(options.way, steps=options.steps, threads=options.threads)))
-        return 0
+    options = parser.parse_args(given)
+    if options.pairs < 2:
+        parser.error(f"--pairs is {options.pairs}; a median with its quartiles takes at least 2")
     return BENCHMARK.run(options)
 
 

@@ -1,9 +1,11 @@
 """What is simulated is what ships: PyTorch's simulation and ONNX Runtime agree on real images.
 
 For five families, ten random pairs of an arch and a policy (no two alike; each block in a precision with a
-chance of 3 in 4, else in floats; precisions are all that the device can use and that are not simulated,
-activations of one file all signed or all unsigned), quantized and written as candidates are: the same 1,000
-test images of CIFAR-10, at 32 px, through the simulation and through the quantized file in ONNX Runtime.
+chance of 3 in 4, else in floats; precisions are those that the device can use and that are not simulated:
+in one pair those with activations in 8 bits, so that most blocks in integers have others beside them, and in
+the next all, weight-only ones included; activations of one file all signed or all unsigned), quantized and
+written as candidates are: the same 1,000 test images of CIFAR-10, at 32 px, through the simulation and
+through the quantized file in ONNX Runtime.
 Networks have random weights (residual branches weak beside their shortcuts, as training leaves them),
 normalization of their own, and a classifier fitted in closed form (ridge regression on the labels of 2,000
 training images): so that top-1 is far from chance, and ties between classes are as close as they get.
@@ -28,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +94,36 @@ def usable_precisions(device: Device) -> tuple[str, ...]:
     return kept
 
 
+def on_integers(precisions: Iterable[str]) -> list[str]:
+    """Those of `precisions` whose layers read integers."""
+    return [name for name in precisions if PRECISIONS[name].activation is not None]
+
+
+def drawn_from(pair: int, precisions: Sequence[str]) -> Sequence[str]:
+    """What the policy of a family's `pair`-th pair chooses from: in turn those on integers, and all."""
+    return precisions if pair % 2 else on_integers(precisions)
+
+
 def random_policy(graph: Graph, rng: random.Random, *, precisions: Sequence[str]) -> QuantPolicy:
     """One of `precisions` for each block with a chance of 3 in 4; for one at least.
 
     Activations are all signed or all unsigned: no runtime has a kernel between the two.
     """
-    signed = rng.choice([True, False])
     formats = {name: PRECISIONS[name].activation for name in precisions}
+    signs = {format.signed for format in formats.values() if format is not None}
+    signed = rng.choice(sorted(signs)) if signs else None
     offered = [name for name, format in formats.items() if format is None or format.signed is signed]
     blocks = blocks_of(graph)
     chosen = [block for block in blocks if rng.random() < 0.75] or blocks[:1]
     return QuantPolicy(tuple((block, rng.choice(offered)) for block in chosen))
+
+
+def integer_blocks(graph: Graph, policy: QuantPolicy) -> tuple[int, int]:
+    """How many blocks of `graph` read integers under `policy`, and how many of them follow another such."""
+    rules = dict(policy.rules)
+    integers = set(on_integers(set(rules.values())))
+    read = [rules.get(block) in integers for block in blocks_of(graph)]
+    return sum(read), sum(before and this for before, this in pairwise(read))
 
 
 def compare(graph: Graph, policy: QuantPolicy, data: Any, device: Device, *, images: int) -> dict[str, Any]:
@@ -155,27 +177,44 @@ def measure(options: argparse.Namespace) -> Figures:
                 fitted = data.train.calibration(FITTED_IMAGES)
                 recalibrate(network, (batch.images for batch in fitted.at(PIXELS, batch_size=BATCH)))
                 graph = with_classifier(trace(network, resolution=PIXELS), fitted)
-                policy = random_policy(graph, rng, precisions=precisions)
+                drawn = drawn_from(len(found[name]), precisions)
+                policy = random_policy(graph, rng, precisions=drawn)
                 if (arch, policy) in seen:
                     continue
                 seen.add((arch, policy))
+                reading, following = integer_blocks(graph, policy)
+                told = {
+                    "arch": arch.key,
+                    "drawn_from": list(drawn),
+                    "rules": dict(policy.rules),
+                    "blocks": len(blocks_of(graph)),
+                    "integer_blocks": reading,
+                    "following_another": following,
+                }
                 row = compare(graph, policy, data, device, images=options.images)
-                found[name].append({"arch": arch.key, "rules": dict(policy.rules), **row})
+                found[name].append({**told, **row})
             print(line(name, found[name]), flush=True)
     return {
         "images": options.images,
         "pixels": PIXELS,
         "precisions": list(precisions),
         "families": found,
-        "worst_by_precision": worst_by_precision(row for rows in found.values() for row in rows),
+        "worst_by_kind": worst_by_kind(row for rows in found.values() for row in rows),
     }
 
 
-def worst_by_precision(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Precision -> the worst figures of the files that have layers in it; most have others beside it."""
+def worst_by_kind(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The worst figures of the files of a kind: what their layers read and keep beside floats.
+
+    A kind is `integers` (layers read them), `weights` (weight-only precisions) or `both`; a precision whose
+    files have no other is one too.
+    """
     worst: dict[str, dict[str, float]] = {}
     for row in rows:
-        for name in set(row["rules"].values()):
+        names = set(row["rules"].values())
+        integers = set(on_integers(names))
+        kind = "integers" if names == integers else "both" if integers else "weights"
+        for name in (kind, *(names if len(names) == 1 else ())):
             known = worst.setdefault(name, {"files": 0, "points": 0.0, "within_a_step": 1.0})
             known["files"] += 1
             known["points"] = round(max(known["points"], points(row)), 3)
@@ -193,11 +232,14 @@ def line(name: str, rows: list[dict[str, Any]]) -> str:
     top1 = [row["runtime_top1"] for row in rows]
     told = ("within_a_step", "same_prediction", "identical")
     least = {key: 100 * min(row[key] for row in rows) for key in told}
+    counted = ("blocks", "integer_blocks", "following_another")
+    blocks, integers, following = (sum(row[key] for row in rows) for key in counted)
     return (
         f"{name:24} {len(rows)} pairs, top-1 {100 * min(top1):.1f} to {100 * max(top1):.1f}; differs by "
         f"at most {max(map(points, rows)):.1f} points; {least['within_a_step']:.2f} % of logits "
         f"or more within a step, {least['identical']:.2f} % or more the same to the last bit; "
-        f"{least['same_prediction']:.1f} % of predictions or more alike"
+        f"{least['same_prediction']:.1f} % of predictions or more alike; of {blocks} blocks "
+        f"{integers} read integers, {following} after another that does"
     )
 
 

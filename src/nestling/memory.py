@@ -15,7 +15,7 @@ GROWS_BY = 2**26
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Numbers of glibc's mallopt(3)."""
 _NEVER = -1
-_OWN = ("MALLOC_", "GLIBC_TUNABLES")
+OWN = ("MALLOC_", "GLIBC_TUNABLES")
 """How the names begin by which a user tells glibc how to allocate."""
 
 
@@ -33,7 +33,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     Args:
         environment: of the process.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith(_OWN) for name in environment):
+    if not sys.platform.startswith("linux") or any(name.startswith(OWN) for name in environment):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

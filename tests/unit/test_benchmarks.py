@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
 
+from nestling.config import load_config
 from nestling.data import Batch
 from nestling.models.mobilenet import build
 from nestling.models.supernet import Supernet
@@ -155,7 +156,10 @@ def good_figures(name: str) -> dict[str, Any]:
         }
     if name == "kept_memory":
         taken = {"kept": 0.8, "given back": 1.0}
-        pair = {way: {"seconds": s, "processor_seconds": s, "faults": 9.0} for way, s in taken.items()}
+        pair = {
+            way: {"seconds": s, "processor_seconds": s, "faults": 9.0, "most_bytes": 1e9}
+            for way, s in taken.items()
+        }
         return {"pairs": [copy.deepcopy(pair), copy.deepcopy(pair)]}
     if name == "training_speed":
         medians = {"built in the step": 1.2, "averaged": 1.01, "curriculum": 0.7}
@@ -428,6 +432,70 @@ def test_the_policy_that_is_found_is_timed_once_more(load: Load, monkeypatch: py
     assert timed == ["w8a8 but ", "w8a8 but a", "w8a8 but ab", "w8a8 but a"]
     assert (found["floats"], found["ratio"]) == (["a"], 0.98)
     assert [each["ratio"] for each in found["tries"]] == [1.1, 0.9, 0.95]
+
+
+def test_a_training_gives_memory_back_where_the_environment_turns_keeping_off(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    module = load("kept_memory")
+    for way, given in (("kept", set()), ("given back", {"GLIBC_TUNABLES"})):
+        told = {name for name in module.environment(way, threads=1) if name.startswith(module.memory.OWN)}
+        assert told == given
+    assert not module.memory.keep_freed_memory(module.environment("given back", threads=1))
+
+
+def test_the_training_whose_memory_is_watched_is_what_a_configuration_can_say(
+    load: Load, tmp_path: Path
+) -> None:
+    module = load("kept_memory")
+    words = module.words(tmp_path / "run", epochs=2)
+    loaded = load_config(Path(words[1]), overrides=words[5::2])
+    assert (loaded.train.epochs, loaded.data.size) == (2, 32)
+
+
+BITS = ("w8a8", "w8a8-signed", "w8a8-tensor", "w8", "w4", "w4-g64")
+
+
+def test_every_other_pair_has_no_weight_only_precisions_and_mostly_neighbouring_integers(load: Load) -> None:
+    module, rng = load("quant_parity"), random.Random(0)
+    layers = [SimpleNamespace(layer=f"blocks.0.{block}.conv") for block in range(20)]
+    graph = SimpleNamespace(operators=layers)
+    following = []
+    for pair in range(100):
+        policy = module.random_policy(graph, rng, precisions=module.drawn_from(pair, BITS))
+        following.append(module.integer_blocks(graph, policy)[1])
+        names = set(dict(policy.rules).values())
+        assert len({"w8a8-signed", "w8a8"} & names) < 2
+        assert pair % 2 or not names & {"w8", "w4", "w4-g64"}
+    # of 19 neighbours 9 / 16; where half of the precisions or more are weight-only, seldom
+    assert sum(following[0::2]) / 50 > 9
+    assert 0 < sum(following[1::2]) / 50 < 4
+
+
+def test_what_is_worst_is_told_of_kinds_and_of_precisions_that_have_a_file_to_themselves(load: Load) -> None:
+    def row(within: float, *names: str) -> dict[str, Any]:
+        rules = {f"block{number}": name for number, name in enumerate(names)}
+        return {"rules": rules, "simulated_top1": 0.5, "runtime_top1": 0.502, "within_a_step": within}
+
+    rows = [row(0.99, "w8a8", "w4"), row(0.991, "w8", "w4"), row(1.0, "w8a8", "w8a8"), row(0.999, "w4")]
+    worst = load("quant_parity").worst_by_kind(rows)
+    told = {name: (kind["files"], kind["within_a_step"]) for name, kind in worst.items()}
+    expected = {"both": (1, 0.99), "weights": (2, 0.991), "integers": (1, 1.0)}
+    assert told == {**expected, "w8a8": (1, 1.0), "w4": (1, 0.999)}
+    assert worst["both"]["points"] == 0.2
+
+
+def test_the_stopwatch_stands_at_all_that_writes_a_candidate(load: Load) -> None:
+    writing = importlib.import_module("nestling.pipeline.writing")
+    clocked = {name for module, name, _ in load("candidate_cost").CLOCKED if module is writing}
+    assert set(writing.write_file.__code__.co_names) & set(vars(writing)) == clocked
+
+
+def test_a_candidate_is_told_with_its_recalibration_too(load: Load) -> None:
+    module, figures = load("candidate_cost"), good_figures("candidate_cost")
+    assert "takes 0.30 s" in module.sentence(figures)
+    assert "recalibration apart (2.30 s with it)" in module.sentence(figures)
 
 
 def test_a_stopwatch_counts_a_stage_inside_another_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
