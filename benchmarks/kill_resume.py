@@ -106,7 +106,7 @@ def stored_trials(database: Path) -> list[Trial]:
     trials: dict[int, dict[str, Any]] = {}
     for number, key, value in rows:
         trial = trials.setdefault(number, {"number": number})
-        if key in ("arch", "state", "metrics"):
+        if key in ("arch", "state", "metrics", "metrics_before", "reason"):
             trial[key] = json.loads(value)
     return list(trials.values())
 
@@ -159,10 +159,29 @@ def compare_searches(whole: Sequence[Trial], killed: Sequence[Trial]) -> dict[st
     }
 
 
+def is_kept(trial: Trial, final: Trial) -> bool:
+    """Whether `final` is what was stored as `trial`, or what a search makes of it at its end.
+
+    There unstable latencies of the front are measured again; the metrics of before must be kept, in order.
+    """
+    before = history(trial)
+    return history(final)[: len(before)] == before and all(
+        final.get(key) == trial.get(key) for key in ("number", "arch", "state", "reason")
+    )
+
+
+def history(trial: Trial) -> list[Any]:
+    """The metrics that `trial` has had, oldest first, those of now included."""
+    return [*trial.get("metrics_before", []), trial.get("metrics")]
+
+
 def account_of(kills: Sequence[Mapping[str, Any]], final: Sequence[Trial]) -> dict[str, int]:
-    """How many stored trials were lost or changed after a kill, and how many archs were evaluated twice."""
+    """How many stored trials were lost or changed after a kill, and how many archs were evaluated twice.
+
+    A trial that was corrected, with its metrics of before kept, is not changed: see `is_kept`.
+    """
     lost = sum(
-        number >= len(final) or final[number] != trial
+        number >= len(final) or not is_kept(trial, final[number])
         for kill in kills
         for number, trial in enumerate(kill["stored"])
     )

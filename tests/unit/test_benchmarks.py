@@ -981,6 +981,19 @@ def test_lost_changed_and_doubled_trials_are_counted(load: Load) -> None:
     assert account_of([], [trial("a"), trial("a")])["doubled"] == 1
 
 
+def test_a_trial_whose_latency_was_measured_again_is_not_changed(load: Load) -> None:
+    account_of = load("kill_resume").account_of
+    stored = trial("a")
+    once = {**stored, "metrics": {"latency_ms": 2.0}, "metrics_before": [stored["metrics"]]}
+    twice = {**once, "metrics": {"latency_ms": 3.0}, "metrics_before": [stored["metrics"], once["metrics"]]}
+    kills = [{"stored": [stored]}, {"stored": [once]}]
+    assert account_of(kills, [twice])["lost_or_changed"] == 0
+    assert account_of(kills, [once])["lost_or_changed"] == 0
+    forgotten = {**twice, "metrics_before": [once["metrics"]]}
+    assert account_of(kills, [forgotten])["lost_or_changed"] == 2
+    assert account_of(kills, [{**twice, "state": "failed"}])["lost_or_changed"] == 2
+
+
 def test_searches_are_the_same_but_for_latency(load: Load) -> None:
     compare = load("kill_resume").compare_searches
     whole = [trial("a"), trial("b")]
