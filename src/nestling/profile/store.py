@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS unstable (
 )
 """
 
+_RESTLESS_INDEX = "CREATE INDEX IF NOT EXISTS unstable_by_file ON unstable (file)"
+
 _FACTS = """
 CREATE TABLE IF NOT EXISTS fact (
     name TEXT NOT NULL,
@@ -88,6 +90,12 @@ def refuse_foreign(connection: sqlite3.Connection, path: Path, *, what: str, our
             f"{path} is no {what}: it is another program's SQLite database, with {found[0]!r} in it; name "
             "another file"
         )
+
+
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    """Whether the file has `table`: who only reads makes none, as that may not be allowed."""
+    asked = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return connection.execute(asked, (table,)).fetchone() is not None
 
 
 def file_key(path: Path) -> str:
@@ -149,7 +157,8 @@ class MeasurementStore:
         key = (file, measurement.fingerprint.key, settings)
         with self._open() as connection:
             if measurement.unstable:
-                connection.execute(_RESTLESS)  # a file of an earlier version has no such table
+                connection.execute(_RESTLESS)  # a file of an earlier version has no such table, or no index
+                connection.execute(_RESTLESS_INDEX)
                 content = measurement.to_json()
                 connection.execute(
                     "INSERT INTO unstable (file, fingerprint, settings, content) SELECT ?, ?, ?, ? "
@@ -185,10 +194,10 @@ class MeasurementStore:
     def unstable(self, file: str | None = None) -> list[Measurement]:
         """Every unstable measurement, those of one file where `file` is given, in order."""
         with self._open() as connection:
-            connection.execute(_RESTLESS)
-            rows = connection.execute(
-                "SELECT content FROM unstable WHERE ? IS NULL OR file = ? ORDER BY id", (file, file)
-            ).fetchall()
+            if not _has(connection, "unstable"):
+                return []
+            asked, given = ("", ()) if file is None else ("WHERE file = ?", (file,))
+            rows = connection.execute(f"SELECT content FROM unstable {asked} ORDER BY id", given).fetchall()
         return [self._parse(content) for (content,) in rows]
 
     def all(self) -> list[Measurement]:
@@ -202,7 +211,8 @@ class MeasurementStore:
     def recall(self, name: str, *, fingerprint: Fingerprint) -> str | None:
         """What was remembered of the device under `name`, or None."""
         with self._open() as connection:
-            connection.execute(_FACTS)  # a file of an earlier version has no such table
+            if not _has(connection, "fact"):
+                return None
             row = connection.execute(
                 "SELECT content FROM fact WHERE name = ? AND fingerprint = ?", (name, fingerprint.key)
             ).fetchone()
@@ -211,7 +221,7 @@ class MeasurementStore:
     def remember(self, name: str, content: str, *, fingerprint: Fingerprint) -> None:
         """Keeps `content`, something found out about the device, under `name`, in place of what was there."""
         with self._open() as connection:
-            connection.execute(_FACTS)
+            connection.execute(_FACTS)  # a file of an earlier version has no such table
             connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
 
     def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:

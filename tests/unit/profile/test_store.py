@@ -45,6 +45,33 @@ def test_an_unstable_measurement_is_kept_whole_and_never_found(tmp_path: Path, m
     assert len(store.unstable()) == 2
 
 
+def test_asking_writes_nothing_so_that_a_run_that_may_only_be_read_can_be_asked(
+    tmp_path: Path, measured: Measured
+) -> None:
+    path = tmp_path / "m.sqlite"
+    stable = MeasurementStore(path).put(measured(1), file="a", settings="s")
+    before = path.read_bytes()
+    asked = MeasurementStore(path)
+    assert asked.unstable() == asked.unstable("a") == []
+    assert asked.recall("noise", fingerprint=stable.fingerprint) is None
+    assert path.read_bytes() == before
+
+
+def test_one_file_s_unstable_measurements_are_found_by_an_index(tmp_path: Path, measured: Measured) -> None:
+    store = MeasurementStore(tmp_path / "m.sqlite")
+    with contextlib.closing(sqlite3.connect(store.path)) as connection:  # as an earlier version made it
+        connection.execute(
+            "CREATE TABLE unstable (id INTEGER PRIMARY KEY, file TEXT NOT NULL, fingerprint TEXT NOT NULL, "
+            "settings TEXT NOT NULL, content TEXT NOT NULL)"
+        )
+    store.put(dataclasses.replace(measured(1), seconds=(1e-3, 2e-3) * 20), file="a", settings="s")
+    with contextlib.closing(sqlite3.connect(store.path)) as connection:
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT 1 FROM unstable WHERE file = 'a' AND content = 'c'"
+        ).fetchall()
+    assert "USING INDEX" in str(plan)
+
+
 @pytest.mark.parametrize("opens", [MeasurementStore, LeaseQueue])
 def test_another_program_s_database_is_refused_and_left_as_it_was(
     tmp_path: Path, opens: Callable[[Path], object]
