@@ -30,6 +30,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,14 @@ from record import Benchmark, Figures
 from watching import Watch
 
 from nestling.pipeline import Silent, open_run, search_supernet
-from nestling.profile import DeviceError, DevicePool, MeasurementStore, WorkerDevice, WorkerLostError
+from nestling.profile import (
+    DeviceError,
+    DevicePool,
+    Measurement,
+    MeasurementStore,
+    WorkerDevice,
+    WorkerLostError,
+)
 from nestling.profile.address import parse_address
 from nestling.profile.leases import Attempt, LeaseQueue
 from nestling.profile.transport_local import LocalProcess
@@ -160,6 +168,19 @@ def small_networks(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def measure_all(pool: DevicePool, paths: Sequence[Path], *, at_once: int) -> list[Measurement | DeviceError]:
+    """How long each file takes, or why that cannot be told, in the order of `paths`; so many at once."""
+
+    def one(path: Path) -> Measurement | DeviceError:
+        try:
+            return pool.measure(path)
+        except DeviceError as error:
+            return error
+
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(one, paths))
+
+
 def measured_by_boards(
     boards: Sequence[Any], work: Path, paths: Sequence[Path], *, cuts: int, pause: float, seed: int
 ) -> Figures:
@@ -187,7 +208,7 @@ def measured_by_boards(
         began = time.monotonic()
         cutter.start()
         try:
-            answers = pool.measure_all(paths)
+            answers = measure_all(pool, paths, at_once=len(boards))
         finally:
             seconds = time.monotonic() - began
             stop.set()

@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -157,22 +156,6 @@ class DevicePool:
                 self._roster.watch(loan.board, taken)
                 if self.queue.finish(loan.lease, measurement.to_json()):
                     return self._keep(job, measurement)
-
-    def measure_all(self, paths: Sequence[Path]) -> list[Measurement | DeviceError]:
-        """How long each file takes, or why that cannot be told, in the order of `paths`; all boards at once.
-
-        Raises:
-            DevicesGoneError: as `measure`.
-        """
-
-        def one(path: Path) -> Measurement | DeviceError:
-            try:
-                return self.measure(path)
-            except DeviceError as error:
-                return error
-
-        with ThreadPoolExecutor(self._roster.size) as threads:
-            return list(threads.map(one, paths))
 
     def predict(
         self, path: Path, images: NDArray[np.float32], *, key: str | None = None
