@@ -60,14 +60,16 @@ def by_table(
 ) -> Learner:
     """Learns a lookup table's overheads; what `blocks` take alone is known beforehand, see `fit_table`.
 
-    A network with a block that was not measured teaches nothing, and has nan.
+    A network with a block that was not measured teaches nothing, and has nan; so have all where none teaches.
     """
     whole = [set(network) <= blocks.keys() for network in networks]
 
     def learn(known: Sequence[int], asked: Sequence[int]) -> Floats:
         taught = [index for index in known if whole[index]]
-        table = fit_table(blocks, [networks[i] for i in taught], [latencies[i] for i in taught])
         told = np.full(len(asked), np.nan)
+        if not taught:
+            return told
+        table = fit_table(blocks, [networks[i] for i in taught], [latencies[i] for i in taught])
         for place, index in enumerate(asked):
             if whole[index]:
                 told[place] = look_up(table, [networks[index]])[0]

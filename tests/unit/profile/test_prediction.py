@@ -179,7 +179,9 @@ def test_a_lookup_table_finds_the_overheads_of_networks_that_are_sums() -> None:
 def test_a_block_that_was_not_measured_is_named_or_left_out() -> None:
     with pytest.raises(ValueError, match="'z'"):
         fit_table({"a": 1.0}, [["a", "z"]], [1.0])
-    told = by_table({"a": 1.0}, [["a"], ["a", "a"], ["z"]], [2.0, 3.0, 9.0])([0, 1, 2], [0, 2])
+    learn = by_table({"a": 1.0}, [["a"], ["a", "a"], ["z"]], [2.0, 3.0, 9.0])
+    assert np.isnan(learn([2], [0, 1])).all()  # nothing to learn from
+    told = learn([0, 1, 2], [0, 2])
     assert told[0] == pytest.approx(2.0)
     assert np.isnan(told[1])
 
