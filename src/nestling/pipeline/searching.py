@@ -41,6 +41,7 @@ from nestling.search import (
     correct_trial,
     load_result,
     search,
+    suspects,
     watch,
 )
 from nestling.space import Arch
@@ -53,8 +54,9 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     """The result of the run's search, continued where it was stopped.
 
     Each candidate is written to a file; accuracy (on the search split) and latency are those of the file.
-    With `search.workers` above 1 as many processes of this machine search together, and this one watches. In
-    the end the front's members of an unstable latency are timed again, and the front is taken anew.
+    With `search.workers` above 1 as many processes of this machine search together, and this one watches; it
+    watches over one where a candidate may be what killed the search before. In the end the front's members of
+    an unstable latency are timed again, and the front is taken anew.
 
     Raises:
         RunError: training is not finished, or the run was measured on another device or runtime.
@@ -70,7 +72,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     if judged:
         listener.note(f"{judged} candidates of before are judged by the limits that are given now")
     with bench.timed("search"):
-        alone = bench.config.search.workers == 1
+        alone = bench.config.search.workers == 1 and not _is_suspicious(bench, place, listener)
         result = (_search if alone else _watch)(bench, place, listener)
         result = _steadied(bench, place, result, listener)
     if judged >= bench.config.search.trials:
@@ -142,12 +144,26 @@ def _costs(bench: Workbench, so_far: SearchResult, listener: Listener) -> Costs:
     return known_costs(bench, listener=listener)
 
 
+def _is_suspicious(bench: Workbench, place: Place, listener: Listener) -> bool:
+    """Whether the search was lost with a candidate so often that it must be told from somebody's kills."""
+    found = suspects(problem(bench), storage=place.storage, name=place.name, about=about(bench))
+    if found:
+        listener.note(
+            f"the search was lost again and again with {found} of its candidates; a worker evaluates now, so "
+            "that it is seen whether a candidate kills it"
+        )
+    return found > 0
+
+
 def _watch(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     config = bench.config.search
     reused(bench, listener=listener)  # refuses what workers would refuse one by one
     _seeds(bench, listener)  # found once, and read by the workers
     _costs(bench, load_result(problem(bench), storage=place.storage, name=place.name), listener)  # the same
-    listener.note(f"{config.workers} workers; what they print is in {bench.run.folder / 'workers'}")
+    count = (
+        "1 worker; what it prints" if config.workers == 1 else f"{config.workers} workers; what they print"
+    )
+    listener.note(f"{count} is in {bench.run.folder / 'workers'}")
     with _workers(bench) as workers:
         return watch(
             problem(bench),

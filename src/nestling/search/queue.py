@@ -3,6 +3,8 @@
 Each arch is in the queue once. A process leases one, renews its lease while it works, and hands in the
 outcome; a lease that is not renewed ends, and another process takes the arch. The outcome that is handed in
 first is the trial: a process that was only slow changes nothing.
+
+One of the processes keeps watch: see `lost`.
 """
 
 from __future__ import annotations
@@ -17,16 +19,15 @@ import sqlalchemy as sa
 
 from nestling.search import tables
 from nestling.search.database import StudyUnavailable
-from nestling.search.owners import is_gone, this_owner, told
+from nestling.search.lost import count_suspects, losses_of, note_losses, note_watch
+from nestling.search.owners import is_gone, this_owner
 from nestling.search.record import Record
 from nestling.search.result import Trial
 from nestling.space import Arch
 
 LEASE_SECONDS = 60.0
 """How long a process may be silent before what it evaluates is given to another one."""
-RETRIES = 3
-"""How often an arch is begun again whose process was lost; after that it is recorded as failed."""
-PROPOSING = "proposing"
+PROPOSING, WATCHING = "proposing", "watching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,19 @@ class Queue:
         self.record.trials += new
         return todo
 
+    def keep_watch(self) -> None:
+        """Makes this process the one that watches, in place of any other."""
+        with self.database.writing() as connection:
+            self._give(connection, WATCHING, self.database.now(connection))
+
+    def suspects(self) -> int:
+        """How many archs were lost with all processes so often that who watches should not evaluate them."""
+        with self.database.writing() as connection:
+            self._open(connection, self.database.now(connection))
+            return count_suspects(connection, self.study)
+
     def give_back(self) -> None:
-        """Leaves what this process has begun to others, as if it had not been begun."""
+        """Leaves what this process has begun to others, as if it had not been begun; keeps watch no more."""
         table, leases = tables.candidates, tables.leases
         with self.database.writing() as connection:
             connection.execute(
@@ -170,30 +182,19 @@ class Queue:
 
     def _todo(self, connection: sa.Connection, trials: int) -> Task | Proposing | Standing:
         now = self.database.now(connection)
+        rows = self._open(connection, now)
         done = self._count(connection, tables.candidates.c.state == "done")
-        free, pending = [], []
-        for row in self._open(connection):
-            if row.state == "running" and not self._is_lost(row.owner, row.until, now):
-                pending.append(Arch.from_json(row.arch))
-            elif row.begun > RETRIES:
-                self._give_up(connection, row)
-                done += 1
-            else:
-                free.append(row)
+        free = [row for row in rows if row.state != "running"]
+        pending = [Arch.from_json(row.arch) for row in rows if row.state == "running"]
         if done >= trials:
             return Standing(done=True)
         if done + len(pending) >= trials:
             return Standing(done=False)
         if free:
-            first, until = free[0], now + self._lease_seconds
-            self._update(
-                connection,
-                first.position,
-                state="running",
-                owner=self.owner,
-                until=until,
-                begun=first.begun + 1,
-            )
+            first = free[0]
+            lease = {"state": "running", "owner": self.owner, "until": now + self._lease_seconds}
+            note_watch(connection, self.study, first.position, watch=self._watch(connection, now))
+            self._update(connection, first.position, **lease, begun=first.begun + 1)
             return Task(first.position, Arch.from_json(first.arch))
         if not self._take(connection, PROPOSING, now):
             return Standing(done=False)
@@ -210,11 +211,26 @@ class Queue:
         mine = sa.and_(table.c.study_id == self.study, table.c.name == PROPOSING, table.c.owner == self.owner)
         return bool(connection.execute(sa.delete(table).where(mine)).rowcount)
 
-    def _open(self, connection: sa.Connection) -> Sequence[sa.Row[Any]]:
-        """The candidates that are not done, in order."""
+    def _open(self, connection: sa.Connection, now: float) -> Sequence[sa.Row[Any]]:
+        """The candidates that are not done, in order, once those are free whose process was lost."""
         table = tables.candidates
         mine = sa.and_(table.c.study_id == self.study, table.c.state != "done")
-        return connection.execute(sa.select(table).where(mine).order_by(table.c.position)).all()
+        asked = sa.select(table).where(mine).order_by(table.c.position)
+        rows = connection.execute(asked).all()
+        lost = [row for row in rows if row.state == "running" and self._is_lost(row.owner, row.until, now)]
+        for row in lost:
+            self._free(connection, row, watch=self._watch(connection, now))
+        return connection.execute(asked).all() if lost else rows
+
+    def _free(self, connection: sa.Connection, row: sa.Row[Any], *, watch: str) -> None:
+        """Lets others have the candidate, whose process was lost; or gives it up, where that is too often."""
+        losses = losses_of(connection, row, watch=watch)
+        note_losses(connection, self.study, row.position, watch=watch, unseen=losses.unseen)
+        if losses.reason:
+            failed = Trial(0, Arch.from_json(row.arch), {}, "failed", losses.reason)
+            self._hand_in(connection, Task(row.position, failed.arch), failed)
+            return
+        self._update(connection, row.position, state="waiting", owner=None, until=None, begun=losses.begun)
 
     def _update(self, connection: sa.Connection, position: int, **values: Any) -> bool:
         """Sets columns of the candidate at `position`, unless it is done: whether it was not."""
@@ -245,13 +261,13 @@ class Queue:
         if rows:
             connection.execute(sa.insert(table), rows)
 
-    def _give_up(self, connection: sa.Connection, row: sa.Row[Any]) -> None:
-        reason = (
-            f"the process that evaluated it was lost {row.begun} times, last {told(row.owner)}: it was "
-            "killed, or its machine was"
-        )
-        lost = Trial(0, Arch.from_json(row.arch), {}, "failed", reason)
-        self._hand_in(connection, Task(row.position, lost.arch), lost)
+    def _watch(self, connection: sa.Connection, now: float) -> str:
+        """Who keeps watch: this process, where nobody does."""
+        if self._take(connection, WATCHING, now):
+            return self.owner
+        table = tables.leases
+        asked = sa.select(table.c.owner).where(table.c.study_id == self.study, table.c.name == WATCHING)
+        return str(connection.execute(asked).scalar_one())
 
     def _take(self, connection: sa.Connection, name: str, now: float) -> bool:
         """Whether the lease `name` is this process's from now on."""
@@ -261,13 +277,17 @@ class Queue:
         ).first()
         if row is not None and row.owner != self.owner and not self._is_lost(row.owner, row.until, now):
             return False
-        if row is not None:
-            connection.execute(sa.delete(table).where(table.c.study_id == self.study, table.c.name == name))
+        self._give(connection, name, now)
+        return True
+
+    def _give(self, connection: sa.Connection, name: str, now: float) -> None:
+        """Makes the lease `name` this process's from now on, whosever it was."""
+        table = tables.leases
+        connection.execute(sa.delete(table).where(table.c.study_id == self.study, table.c.name == name))
         until = now + self._lease_seconds
         connection.execute(
             sa.insert(table).values(study_id=self.study, name=name, owner=self.owner, until=until)
         )
-        return True
 
     def _is_lost(self, owner: str, until: float, now: float) -> bool:
         return until < now or (owner != self.owner and self._gone(owner))

@@ -124,6 +124,25 @@ def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
         database.close()
 
 
+def is_begun(where: Path | str, name: str) -> bool:
+    """Whether there is a study `name` at `where`; nothing is made.
+
+    Raises:
+        StudyMismatch: the file is no SQLite file.
+        StudyUnavailable: the database cannot be reached.
+    """
+    path = sqlite_path(study_url(where))
+    if path is not None and not path.exists():
+        return False
+    database = Database(where)
+    try:
+        with database.reading() as connection:
+            laid_out = sa.inspect(connection).has_table(tables.studies.name)
+            return laid_out and find_study(connection, name) is not None
+    finally:
+        database.close()
+
+
 def begin_study(database: Database, problem: Problem, name: str) -> None:
     """Makes the empty study `name` where there is none; Optuna's tables are there."""
     with database.writing() as connection:

@@ -20,7 +20,7 @@ from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_batch
 from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
-from nestling.search.record import Record, begin_study, read_record
+from nestling.search.record import Record, begin_study, is_begun, read_record
 from nestling.search.result import SearchResult, Trial
 from nestling.search.stopping import Stopping
 from nestling.space import Arch
@@ -108,7 +108,6 @@ def search(
                 told = _tell(record, told, on_trial)
                 check_smallest(problem, record.trials)
                 if stopping.look(record.trials) is not None:
-                    queue.give_back()
                     return record.result
                 if isinstance(todo, Task):
                     outcome = _evaluate(problem, evaluate, todo.arch, clock=clock)
@@ -150,6 +149,7 @@ def watch(
     with open_queue(problem, storage, name, about=about) as queue:
         record = queue.record
         check_smallest(problem, record.trials)
+        queue.keep_watch()
 
         told = len(record.trials)
 
@@ -160,13 +160,14 @@ def watch(
             check_smallest(problem, record.trials)
             return len(record.result.complete) + len(record.result.failed)
 
-        while (done := look()) < wanted and stopping.look(record.trials) is None:
-            try:
-                while_waiting(done)
-            except Exception:
-                look()  # which tells more than that others have ended, where a limit cannot be kept
-                raise
-            time.sleep(POLL_SECONDS)
+        with queue.renewing():
+            while (done := look()) < wanted and stopping.look(record.trials) is None:
+                try:
+                    while_waiting(done)
+                except Exception:
+                    look()  # which tells more than that others have ended, where a limit cannot be kept
+                    raise
+                time.sleep(POLL_SECONDS)
         return record.result
 
 
@@ -189,10 +190,9 @@ def open_queue(
         queue = Queue(Record(problem, database, name, about=about), lease_seconds=lease_seconds)
         try:
             yield queue
-        except BaseException:
+        finally:
             with suppress(StudyUnavailable):  # the lease ends by itself, too
                 queue.give_back()
-            raise
     finally:
         database.close()
 
@@ -205,6 +205,23 @@ def agree(problem: Problem, fact: str, content: str, *, storage: Path | str, nam
     """
     with open_queue(problem, storage, name) as queue:
         return queue.settle(fact, content)
+
+
+def suspects(
+    problem: Problem, *, storage: Path | str, name: str, about: Mapping[str, str] | None = None
+) -> int:
+    """How many archs may be what kills the command, which was lost with each of them again and again.
+
+    Evaluated by another process than the one that watches, it can be told from a person or a machine that
+    ends the command. No study is begun.
+
+    Raises:
+        Exception: as `search`.
+    """
+    if not is_begun(storage, name):
+        return 0
+    with open_queue(problem, storage, name, about=about) as queue:
+        return queue.suspects()
 
 
 def load_result(problem: Problem, *, storage: Path | str, name: str) -> SearchResult:

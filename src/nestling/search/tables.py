@@ -119,6 +119,15 @@ leases = sa.Table(
     sa.Column("until", sa.Double, nullable=False),
 )
 """What one process does for all, such as proposing."""
+losses = sa.Table(
+    "nestling_losses",
+    _ours,
+    sa.Column("study_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("watch", sa.Text, nullable=False),
+    sa.Column("unseen", sa.Integer, nullable=False),
+)
+"""Of each candidate that was begun: who kept watch then, and how often it was lost unseen."""
 facts = sa.Table(
     "nestling_facts",
     _ours,

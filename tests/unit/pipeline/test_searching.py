@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +11,18 @@ import pytest
 from nestling.config import load_config
 from nestling.models.graph import Untraceable
 from nestling.pipeline import racing, searching
-from nestling.pipeline.searching import _evaluation, _seeds, _steadied
-from nestling.pipeline.studies import problem, searched, study_place
+from nestling.pipeline.listening import Silent
+from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
+from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run
-from nestling.search import EvaluationFailed, search
+from nestling.search import EvaluationFailed, SearchResult, search
+from nestling.search.database import Database
+from nestling.search.lost import RETRIES
+from nestling.search.owners import place
+from nestling.search.queue import Queue, Task
+from nestling.search.record import Record, begin_study
 from nestling.train.evaluate import Accuracy
 
 TESTS = Path(__file__).parents[2]
@@ -43,6 +51,37 @@ def test_it_is_scored_where_no_latency_is_asked_for(tmp_path: Path, monkeypatch:
     assert metrics == {"top1": 0.5, "top1_images": 60.0, "top1_partial": 0.0, "mmacs": 1.0}
 
 
+@pytest.mark.parametrize(("losses", "how"), [(0, "_search"), (RETRIES, "_search"), (RETRIES + 1, "_watch")])
+def test_a_search_that_was_lost_with_one_candidate_again_and_again_goes_on_under_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: int, how: str
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    asked, where = problem(bench), study_place(bench)
+    if losses:
+        database = Database(where.storage, prepare=partial(begin_study, problem=asked, name=where.name))
+        record = Record(asked, database, where.name, about=about(bench))
+        for number in range(losses):  # each time by a process that is not there any more
+            queue = Queue(record, owner=f"host:{2**30}:0:{place()}:{number}")
+            queue.offer([asked.space.smallest])
+            assert isinstance(queue.next(9), Task)
+        database.close()
+    called: list[str] = []
+
+    def going(name: str) -> Callable[..., SearchResult]:
+        def go(*_: object) -> SearchResult:
+            called.append(name)
+            return searched(bench)
+
+        return go
+
+    monkeypatch.setattr(searching, "_search", going("_search"))
+    monkeypatch.setattr(searching, "_watch", going("_watch"))
+    monkeypatch.setattr(Workbench, "check_trained", lambda _: None)
+    search_supernet(bench, listener=Silent())
+    assert called == [how]
+    assert bench.run.study_file.exists() == (losses > 0)  # asking begins none
+
+
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable, ValueError])
 def test_only_networks_that_cannot_be_quantized_have_no_seeds(
     error: type[ValueError], monkeypatch: pytest.MonkeyPatch
@@ -68,10 +107,10 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
 ) -> None:
     bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
     vars(bench)["device"] = None
-    place, asked = study_place(bench), problem(bench)
+    where, asked = study_place(bench), problem(bench)
     unstable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 1.0}
     metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | unstable
-    result = search(asked, lambda _: metrics, storage=place.storage, name=place.name, trials=1)
+    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
     [trial] = result.front
     written: list[Path] = []
     monkeypatch.setattr(searching, "write_candidate", lambda _bench, _arch, path: written.append(path))
@@ -80,7 +119,7 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     monkeypatch.setattr(searching, "_reference", lambda *_: {"latency_ms": 3.0})
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    found = _steadied(bench, place, result, listener)
+    found = _steadied(bench, where, result, listener)
     assert written == [bench.candidate_path(trial.arch)]
     assert found.unstable == ()
     assert found.trials[0].metrics["latency_ms"] == 6.0

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from nestling.search import Metrics, Problem, Trial, tables
 from nestling.search.database import Database
-from nestling.search.queue import RETRIES, Proposing, Queue, Standing, Task
+from nestling.search.lost import LOST, RETRIES, UNSEEN
+from nestling.search.queue import Proposing, Queue, Standing, Task
 from nestling.search.record import Record, begin_study
 from nestling.space import Arch
 
@@ -142,6 +143,7 @@ def test_an_arch_whose_processes_are_lost_again_and_again_fails_with_its_cause(t
     survivor = together.join("h:1:2:3:4")
     [deadly, harmless, *_] = together.problem.space.spread(3)
     survivor.offer([deadly, harmless])
+    survivor.keep_watch()
     for attempt in range(1 + RETRIES):
         owner = f"host:{attempt}:0:place:1"
         assert task(together.join(owner).next(9)).arch == deadly
@@ -153,6 +155,80 @@ def test_an_arch_whose_processes_are_lost_again_and_again_fails_with_its_cause(t
         "the process that evaluated it was lost 4 times, last process 3 on host: it was killed, or its "
         "machine was"
     )
+
+
+def end_all(together: Together, arch: Arch, times: int) -> None:
+    """The whole command, one process, is killed `times` times while it evaluates `arch`."""
+    for attempt in range(times):
+        owner = f"host:{attempt}:0:place:{len(together.gone)}"
+        alone = together.join(owner)
+        alone.offer([arch])
+        assert task(alone.next(9)).arch == arch
+        together.gone.add(owner)
+
+
+def test_kills_of_the_whole_command_do_not_speak_against_what_it_evaluated(together: Together) -> None:
+    arch = together.problem.space.smallest
+    end_all(together, arch, UNSEEN - 1)
+    alone = together.join("host:99:0:place:1")
+    begun = task(alone.next(1))
+    assert alone.next(1, outcome=(begun, outcome(arch))) == Standing(done=True)
+    assert [trial.state for trial in alone.record.trials] == ["complete"]
+
+
+def test_an_arch_with_which_the_whole_command_ends_is_not_tried_for_ever(together: Together) -> None:
+    arch = together.problem.space.smallest
+    end_all(together, arch, UNSEEN)
+    alone = together.join("host:99:0:place:1")
+    assert alone.next(1) == Standing(done=True)
+    [failed] = alone.record.trials
+    assert failed.reason.startswith(
+        f"{LOST} {UNSEEN} times, each time with the whole search, last process 9 on"
+    )
+
+
+def test_an_arch_with_which_the_command_was_killed_often_is_suspected_until_it_is_done(
+    together: Together,
+) -> None:
+    arch = together.problem.space.smallest
+    end_all(together, arch, RETRIES)
+    alone = together.join("host:98:0:place:1")
+    assert alone.suspects() == 0
+    alone.give_back()
+    end_all(together, arch, 1)
+    alone = together.join("host:99:0:place:1")
+    assert alone.suspects() == 1
+    begun = task(alone.next(1))
+    alone.next(1, outcome=(begun, outcome(arch)))
+    assert alone.suspects() == 0
+
+
+def test_losses_count_again_once_somebody_else_keeps_watch(together: Together) -> None:
+    arch = together.problem.space.smallest
+    end_all(together, arch, RETRIES + 1)
+    watcher = together.join("host:98:0:place:1")
+    watcher.keep_watch()
+    for attempt in range(RETRIES + 1):
+        assert watcher.record.sync() == []
+        owner = f"worker:{attempt}:0:place:1"
+        assert task(together.join(owner).next(1)).arch == arch
+        together.gone.add(owner)
+    assert together.join("worker:9:0:place:1").next(1) == Standing(done=True)
+    [failed] = watcher.record.sync()
+    assert failed.reason.startswith(f"{LOST} {RETRIES + 1} times, last process 3 on worker")
+
+
+def test_a_watch_that_was_lost_is_kept_by_another(together: Together) -> None:
+    together.join("host:1:0:place:1").keep_watch()
+    together.gone.add("host:1:0:place:1")
+    arch, survivor = together.problem.space.smallest, together.join("host:2:0:place:1")
+    survivor.offer([arch, together.problem.space.largest])
+    survivor.next(9)  # it watches over all from now on
+    for attempt in range(RETRIES + 1):
+        assert isinstance(together.join(f"worker:{attempt}:0:place:1").next(9), Task)
+        together.gone.add(f"worker:{attempt}:0:place:1")
+    survivor.next(9)
+    assert [trial.state for trial in survivor.record.trials] == ["failed"]
 
 
 def test_what_is_given_back_counts_as_not_begun(together: Together) -> None:
