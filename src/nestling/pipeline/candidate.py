@@ -239,13 +239,16 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
 
     Raises:
         EvaluationFailed: the file computes something else, or in other precisions; it is removed.
+        DeviceError: there is no such device.
+        DevicesGoneError: the device cannot be used any more.
     """
     images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
+    device = bench.device  # where there is none, that is not the candidate's failure
     try:
         with ThreadPoolExecutor(1) as beside, _a_core_left():
-            answer = beside.submit(_answer, bench.device, candidate, images.numpy())
+            answer = beside.submit(_answer, device, candidate, images.numpy())
             expected = _expected(candidate, images)
-            exact = not expected.rounds_floats and _computes_exactly(bench.device)
+            exact = not expected.rounds_floats and _computes_exactly(device)
             tolerance, typical = candidate.tolerances(exact=exact)
             _ = candidate.cost  # counted while the device is at work
             verified = verify(
@@ -360,6 +363,7 @@ def score(
 
     Raises:
         EvaluationFailed: the runtime crashed, hung or refused the file.
+        DevicesGoneError: the device cannot be used any more.
     """
     correct = 0
     held = (part_of or len(images)) * 12 * resolution**2 <= HELD_BYTES
@@ -393,6 +397,7 @@ def measure(
 
     Raises:
         EvaluationFailed: the runtime crashed, hung or refused the file.
+        DevicesGoneError: the device cannot be used any more.
     """
     try:
         taken = [_measured(device, path)]

@@ -9,9 +9,8 @@ from nestling.profile.known import DeviceSummary, devices_here, devices_in, with
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
 from nestling.profile.pool import DevicePool, open_device
 from nestling.profile.prediction import Step
-from nestling.profile.roster import DevicesGoneError
 from nestling.profile.store import MeasurementStore, StoreError, file_key
-from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
+from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
 from nestling.profile.worker_device import WorkerDevice
 
 __all__ = [

@@ -14,7 +14,7 @@ from nestling.profile.devices import connect
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.reference import reference_model
 from nestling.profile.store import MeasurementStore
-from nestling.profile.transport import DeviceError
+from nestling.profile.transport import DeviceError, DevicesGoneError
 from nestling.profile.transport_local import LocalProcess
 from nestling.profile.worker import PROVIDERS
 from nestling.profile.worker_device import START_SECONDS
@@ -109,7 +109,7 @@ def with_aa_spread(summary: DeviceSummary, *, rounds: int = ROUNDS) -> DeviceSum
             same = Path(folder) / "reference.onnx"
             same.write_bytes(reference_model())
             compared = compare_files(device, same, same, rounds=rounds)
-    except DeviceError as error:
+    except (DeviceError, DevicesGoneError) as error:
         return replace(summary, refusal=str(error))
     return replace(summary, aa_spread=statistics.stdev(compared.speedups))
 

@@ -15,7 +15,7 @@ from nestling.profile.boards import Board, Calibration, DeviceClass
 from nestling.profile.leases import Job, Lease, LeaseQueue
 from nestling.profile.measurement import Measurement
 from nestling.profile.store import StoreError
-from nestling.profile.transport import DeviceError, LineLostError, WorkerLostError
+from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
 from nestling.profile.worker_device import WorkerDevice
 
 CALIBRATION_SECONDS = 0.5
@@ -30,10 +30,6 @@ PATIENCE_SECONDS = 600.0
 POLL_SECONDS = 0.05
 
 T = TypeVar("T")
-
-
-class DevicesGoneError(RuntimeError):
-    """No board of a pool can be used any more: nothing that is asked next could be answered."""
 
 
 class TryLost(Exception):  # noqa: N818 - it names what happened
@@ -55,6 +51,19 @@ class Loan:
 def reference_ms(taken: Measurement) -> float:
     """What the reference model took in a measurement: the median."""
     return float(np.median(taken.reference_seconds)) * 1e3
+
+
+@contextmanager
+def _as_failure() -> Iterator[None]:
+    """Makes of one device that is gone a board that fails, as others may be there.
+
+    Raises:
+        DeviceError: why it is gone.
+    """
+    try:
+        yield
+    except DevicesGoneError as gone:
+        raise gone.__cause__ if isinstance(gone.__cause__, DeviceError) else DeviceError(str(gone)) from gone
 
 
 class Roster:
@@ -180,9 +189,10 @@ class Roster:
         board, lease = loan.board, loan.lease
         ready = False
         try:
-            board.device.start()
-            ready = True
-            done = work(board.device)
+            with _as_failure():
+                board.device.start()
+                ready = True
+                done = work(board.device)
         except DeviceError as error:
             if ready and not isinstance(error, WorkerLostError):
                 self.queue.fail(lease, "refused", str(error))
@@ -276,7 +286,7 @@ class Roster:
             while (lease := self.queue.take(None, [board.name])) is None:
                 if self._closed.wait(POLL_SECONDS):
                     return "the pool was closed"
-            with self.held(Loan(board, lease)):
+            with self.held(Loan(board, lease)), _as_failure():
                 board.device.start()
                 taken = self._calibrated(board)
         except (DeviceError, StoreError) as error:

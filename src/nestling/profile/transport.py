@@ -29,6 +29,10 @@ class LineLostError(WorkerLostError):
     """The line to the worker was cut or cannot be had: this says nothing about what the worker was given."""
 
 
+class DevicesGoneError(RuntimeError):
+    """A device that was there cannot be used any more: nothing that is asked next could be answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a worker sent back: a JSON object and raw bytes."""

@@ -24,7 +24,14 @@ from nestling.profile.quiet import QuietTimes
 from nestling.profile.reference import reference_model
 from nestling.profile.runtimes import RUNTIMES
 from nestling.profile.store import MeasurementStore
-from nestling.profile.transport import Answer, DeviceError, Transport, WorkerLostError
+from nestling.profile.transport import (
+    Answer,
+    DeviceError,
+    DevicesGoneError,
+    LineLostError,
+    Transport,
+    WorkerLostError,
+)
 
 START_SECONDS = 60.0
 """What starting a worker may take: Python, the runtime's libraries, the reference model."""
@@ -78,21 +85,30 @@ class WorkerDevice:
         """What the device is, with a worker running from now on.
 
         Raises:
-            DeviceError: the worker cannot be started, lacks the runtime, or is not the device that it was.
+            DeviceError: the worker cannot be started, or lacks the runtime.
+            LineLostError: there is no line to it.
+            DevicesGoneError: it was there before, and cannot be started any more or is another device: no
+                file is to blame, and none could be measured.
         """
         with self._alone:
-            if self._fingerprint is not None and self.transport.running:
-                return self._fingerprint
+            known = self._fingerprint
+            if known is not None and self.transport.running:
+                return known
             self._held.clear()
-            self.transport.start()
             try:
+                self.transport.start()
                 fingerprint = self._introduce()
-            except DeviceError:
+            except DeviceError as error:
                 self.transport.stop()
-                raise
-            if self._fingerprint not in (None, fingerprint):
+                if known is None or isinstance(error, LineLostError):
+                    raise
+                raise DevicesGoneError(
+                    f"{self.name} was there and cannot be started any more: {error}; the same command "
+                    "continues when it can"
+                ) from error
+            if known not in (None, fingerprint):
                 self.transport.stop()
-                raise DeviceError(f"{self.name} was {self._fingerprint} and is now {fingerprint}")
+                raise DevicesGoneError(f"{self.name} was {known} and is now {fingerprint}")
             self._fingerprint = fingerprint
             return fingerprint
 

@@ -5,14 +5,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
+from nestling.pipeline import candidate as candidate_module
 from nestling.pipeline.candidate import (
     COARSE_TOLERANCE,
     COARSE_TYPICAL,
@@ -24,6 +27,7 @@ from nestling.pipeline.candidate import (
     check_precisions,
     latency_metrics,
     measure,
+    verify_candidate,
 )
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.workbench import even_batch
@@ -31,6 +35,7 @@ from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import (
     DeviceError,
     DevicePool,
+    DevicesGoneError,
     Fingerprint,
     Measurement,
     OptimizedOp,
@@ -203,6 +208,34 @@ def test_where_all_are_unstable_the_steadiest_counts_and_the_record_tells() -> N
 def test_a_device_that_is_lost_while_measuring_again_is_a_failure() -> None:
     with pytest.raises(EvaluationFailed, match="gone"):
         timed(0.2)
+
+
+def test_a_device_that_is_gone_is_no_failure_of_the_candidate() -> None:
+    class Gone:
+        name = "ort:cpu"
+
+        def measure(self, _: Path) -> Measurement:
+            raise DevicesGoneError("onnxruntime is not installed")
+
+    device: Any = Gone()
+    with pytest.raises(DevicesGoneError, match="not installed"):
+        measure(device, Path("net"))
+
+
+def test_a_device_that_cannot_be_opened_is_no_failure_of_the_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bench:
+        @property
+        def device(self) -> None:
+            raise DeviceError("no such device")
+
+    images = SimpleNamespace(array=lambda size: np.zeros((1, 3, size, size), np.float32))
+    monkeypatch.setattr(candidate_module, "checked_images", lambda _: images)
+    bench: Any = Bench()
+    written: Any = SimpleNamespace(resolution=8, path=tmp_path / "net.onnx")
+    with pytest.raises(DeviceError, match="no such device"):
+        verify_candidate(bench, written)
 
 
 ALL_BITS = QuantPolicy((("", "w8a8"),))

@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from nestling.profile import (
     Address,
     DeviceError,
+    DevicesGoneError,
+    LineLostError,
     MeasurementStore,
     WorkerDevice,
     WorkerLostError,
@@ -184,13 +186,38 @@ def test_a_call_gets_what_is_left_of_the_time_limit(tiny: Path) -> None:
     assert all(asked["limit_seconds"] == asked["timeout_seconds"] for _, asked in transport.asked)
 
 
-def test_a_device_that_has_become_another_is_an_error(tiny: Path) -> None:
+def test_a_device_that_was_there_and_cannot_be_started_any_more_is_gone(tiny: Path) -> None:
+    transport = FakeTransport({"hello": "onnxruntime is not installed"})
+    device = fake_device(transport)
+    with pytest.raises(DeviceError, match="not installed"):  # it was never there
+        device.start()
+    device.start()
+    for fault in ("not installed", WorkerLostError("out of memory")):
+        transport.stop()
+        transport.faults["hello"] = fault
+        with pytest.raises(DevicesGoneError, match=f"any more: .*{fault}; the same command continues when"):
+            device.measure(tiny)
+        assert not transport.running
+    assert device.measure(tiny).latency_ms == pytest.approx(3)
+
+
+def test_a_line_that_cannot_be_had_does_not_make_a_device_gone(tiny: Path) -> None:
+    transport = FakeTransport()
+    device = fake_device(transport)
+    device.start()
+    transport.stop()
+    transport.faults["hello"] = LineLostError("no route")
+    with pytest.raises(LineLostError, match="no route"):
+        device.measure(tiny)
+
+
+def test_a_device_that_has_become_another_is_gone(tiny: Path) -> None:
     transport = FakeTransport()
     device = fake_device(transport)
     device.start()
     transport.stop()
     transport.cpu = "Another CPU"
-    with pytest.raises(DeviceError, match=r"A CPU.* and is now .*Another CPU"):
+    with pytest.raises(DevicesGoneError, match=r"A CPU.* and is now .*Another CPU"):
         device.measure(tiny)
 
 

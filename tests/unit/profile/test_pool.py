@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -406,6 +407,25 @@ def test_a_board_of_another_kind_is_set_aside(make: Made, told: list[str]) -> No
     assert pool.fingerprint.cpu == "A CPU"
     assert list(pool.aside) == ["ssh://1/ort:cpu?threads=1"]
     assert "another kind of device (pool:ort:cpu?threads=1 on Another CPU" in told[0]
+
+
+@pytest.mark.parametrize("how", ["cannot be started", "another"])
+def test_a_board_that_is_gone_is_set_aside_and_the_others_measure_on(
+    make: Made, tmp_path: Path, told: list[str], how: str
+) -> None:
+    board = FakeBoard()
+    pool = make(board, FakeBoard())
+    pool.start()
+    board.running = False
+    if how == "another":
+        board.cpu = "Another CPU"
+    else:
+        board.nonsense = DeviceError("Python is gone")
+    assert pool.measure(files(tmp_path, 1)[0]).ratio == pytest.approx(3)
+    assert pool.in_service == ("ssh://1/ort:cpu?threads=1",)
+    assert outcomes(pool)[0] == ("0", "board")
+    said = "is now .*Another CPU" if how == "another" else "aside: Python is gone$"
+    assert re.search(said, told[0])
 
 
 def test_a_board_that_cannot_be_reached_at_first_does_not_stop_the_others(
