@@ -10,7 +10,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "nestling"
 STAGES = {"train", "quant", "export", "profile", "search", "report"}
-OTHERS = {"config", "run", "energy", "memory", "space", "models", "data", "pipeline", "console", "cli"}
+OTHERS = {
+    "config",
+    "run",
+    "energy",
+    "memory",
+    "owners",
+    "space",
+    "models",
+    "data",
+    "pipeline",
+    "console",
+    "cli",
+}
 EVERY_PART = OTHERS | STAGES
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -19,14 +31,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"config"},
     "energy": set(),
     "memory": set(),
+    "owners": set(),
     "space": set(),
     "models": {"space"},
     "data": {"config"},
     "train": {"models", "data", "space", "config", "run", "energy"},
     "quant": {"models", "data"},
     "export": {"models", "run"},
-    "profile": set(),
-    "search": {"space"},
+    "profile": {"owners"},
+    "search": {"space", "owners"},
     "report": {"search", "profile", "space", "run"},
     "pipeline": EVERY_PART - {"memory", "pipeline", "console", "cli"},
     "console": {"pipeline"},

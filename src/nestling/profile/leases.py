@@ -9,8 +9,6 @@ was asked for is counted once.
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import sqlite3
 import time
 import uuid
@@ -18,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestling.profile.processes import is_running
+from nestling.owners import is_gone, this_owner, told
 from nestling.profile.store import StoreError, opened, refuse_foreign
 
 VERSION = 1
@@ -108,7 +106,7 @@ class LeaseQueue:
         self, path: Path, *, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time
     ) -> None:
         self.path, self.seconds, self.clock = path, seconds, clock
-        self.owner = _process_name(os.getpid())
+        self.owner = this_owner()
         with self._open() as connection:
             [(version,)] = connection.execute("PRAGMA user_version").fetchall()
             if version not in (0, VERSION):
@@ -234,10 +232,10 @@ class LeaseQueue:
         """Strikes out leases that ran out or whose process is gone, and ends their attempts."""
         rows = connection.execute("SELECT DISTINCT holder, owner, expires FROM lease").fetchall()
         for holder, owner, expires in rows:
-            gone = owner != self.owner and _is_gone(owner)
+            gone = owner != self.owner and is_gone(owner)
             if expires > now and not gone:
                 continue
-            cause = f"its process, {owner}, is gone" if gone else f"not renewed for {self.seconds:.0f} s"
+            cause = f"{told(owner)} is gone" if gone else f"not renewed for {self.seconds:.0f} s"
             connection.execute("DELETE FROM lease WHERE holder = ?", (holder,))
             connection.execute(
                 "UPDATE attempt SET outcome = 'abandoned', ended = ?, cause = ? "
@@ -269,26 +267,3 @@ class LeaseQueue:
 
 def _board_thing(board: str) -> str:
     return f"board {board}"
-
-
-def _process_name(pid: int) -> str:
-    """A process's name that no later process has: host, id, the moment it began where the system tells."""
-    return f"{socket.gethostname()}:{pid}:{_began(pid)}"
-
-
-def _began(pid: int) -> str:
-    try:
-        # the name of the program, in parentheses, may hold anything; the 20th field behind it is the start
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
-def _is_gone(owner: str) -> bool:
-    """Whether a process of this host is known to have ended; of other hosts nothing is known."""
-    host, pid, began = owner.rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
-    if not is_running(int(pid)):
-        return True
-    return began != "" and _began(int(pid)) != began

@@ -11,8 +11,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from nestling.owners import told
 from nestling.search import tables
-from nestling.search.owners import told
 
 RETRIES = 3
 """How often an arch is begun again whose process was lost; after that it is recorded as failed."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from nestling.owners import is_gone, this_owner
 from nestling.search import tables
 from nestling.search.database import StudyUnavailable
 from nestling.search.lost import count_suspects, losses_of, note_losses, note_watch
-from nestling.search.owners import is_gone, this_owner
 from nestling.search.record import Record
 from nestling.search.result import Trial
 from nestling.space import Arch

@@ -10,6 +10,7 @@ import pytest
 
 from nestling.config import load_config
 from nestling.models.graph import Untraceable
+from nestling.owners import place
 from nestling.pipeline import racing, searching
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
@@ -20,7 +21,6 @@ from nestling.run import Run
 from nestling.search import EvaluationFailed, SearchResult, search
 from nestling.search.database import Database
 from nestling.search.lost import RETRIES
-from nestling.search.owners import place
 from nestling.search.queue import Queue, Task
 from nestling.search.record import Record, begin_study
 from nestling.train.evaluate import Accuracy

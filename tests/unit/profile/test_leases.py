@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nestling.owners import this_owner
 from nestling.profile import StoreError
 from nestling.profile.leases import Job, Lease, LeaseQueue
 
@@ -141,7 +143,17 @@ def test_the_lease_of_a_process_that_was_killed_is_void_at_once(tmp_path: Path) 
     [first, _] = queue.attempts()
     assert first.outcome == "abandoned"
     assert first.cause is not None
-    assert "is gone" in first.cause
+    assert first.cause == f"process {process.pid} on {socket.gethostname()} is gone"
+
+
+def test_the_lease_of_a_process_of_another_container_with_this_name_is_kept(
+    queue: LeaseQueue, clock: Clock
+) -> None:
+    other = LeaseQueue(queue.path, clock=clock)
+    host, _, start, _, number = this_owner().rsplit(":", 4)
+    other.owner = f"{host}:{2**30}:{start}:another-place:{number}"
+    assert other.take(JOB, BOARDS) is not None
+    assert queue.take(JOB, BOARDS) is None
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nestling.owners import place, this_process
 from nestling.profile import DeviceError, WorkerLostError
 from nestling.profile.transport_local import LocalProcess
 
@@ -118,11 +119,12 @@ def test_a_killed_worker_s_temporary_files_go_with_it(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = "import os, tempfile; print(tempfile.mkstemp()[1], flush=True); input(); os.kill(os.getpid(), 9)"
-    theirs, strangers = tmp_path / f"nestling-worker-{os.getpid()}-x", tmp_path / "nestling-worker-gone"
+    mine, elsewhere = "-".join(this_process()), f"{2**30}-1-elsewhere"
+    kept = [tmp_path / f"nestling-worker-{of}" for of in (f"{mine}-x", f"{elsewhere}-x", "gone")]
     with subprocess.Popen(["true"]) as ended:
         pass
-    stale = tmp_path / f"nestling-worker-{ended.pid}-x"
-    for folder in (theirs, strangers, stale):
+    stale = tmp_path / f"nestling-worker-{ended.pid}-1-{place()}-x"
+    for folder in (*kept, stale):
         folder.mkdir()
     transport = python(code)
     transport.start()
@@ -133,7 +135,7 @@ def test_a_killed_worker_s_temporary_files_go_with_it(
     transport.send(b"die\n")
     with pytest.raises(WorkerLostError):
         ask(transport)
-    assert {*tmp_path.iterdir()} == {theirs, strangers}
+    assert {*tmp_path.iterdir()} == {*kept}
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_worker() -> None:

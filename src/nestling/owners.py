@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import socket
+import sys
 import uuid
 from functools import cache
 from pathlib import Path
@@ -15,23 +16,36 @@ _numbers = itertools.count(1)
 
 def this_owner() -> str:
     """A name of this process that no other has and no earlier call gave: `host:pid:start:place:number`."""
+    return ":".join([socket.gethostname(), *this_process(), str(next(_numbers))])
+
+
+def this_process() -> tuple[str, str, str]:
+    """The number, the start and the place of this process, by which `has_ended` knows it."""
     pid = os.getpid()
-    return f"{socket.gethostname()}:{pid}:{_start(pid)}:{place()}:{next(_numbers)}"
+    return str(pid), _start(pid), place()
 
 
 def told(owner: str) -> str:
     """`owner` for a person: the host and the number of the process."""
-    host, pid, *_ = owner.rsplit(":", 4)
+    host, pid, *_ = owner.rsplit(":", 4 if _is_whole(owner) else 2)
     return f"process {pid} on {host}"
 
 
 def is_gone(owner: str) -> bool:
     """Whether the process that `this_owner` named has ended, as far as can be told from here.
 
-    Of a process of another machine, container or boot nothing can be told: it counts as there.
+    Of a process of another machine, container or boot nothing can be told: it counts as there. So does one of
+    which an earlier version wrote the name.
     """
+    if not _is_whole(owner):
+        return False
     _, pid, start, where, _ = owner.rsplit(":", 4)
-    return where == place() and _start(int(pid)) != start
+    return has_ended(int(pid), start, where)
+
+
+def has_ended(pid: int, start: str, where: str) -> bool:
+    """Whether the process that `this_process` told so has ended, as far as can be told from here."""
+    return where == place() and _start(pid) != start
 
 
 @cache
@@ -60,7 +74,15 @@ def _start(pid: int) -> str:
     return "" if state in "ZX" else facts[18]
 
 
+def _is_whole(owner: str) -> bool:
+    """Whether `owner` is a name as `this_owner` makes it; names that leases once had end with the start."""
+    parts = owner.rsplit(":", 4)
+    return len(parts) == 5 and parts[1].isdecimal()
+
+
 def _exists(pid: int) -> bool:
+    if sys.platform == "win32":  # where the question would end the process
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

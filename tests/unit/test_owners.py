@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nestling.search import owners
-from nestling.search.owners import is_gone, this_owner, told
+from nestling import owners
+from nestling.owners import is_gone, this_owner, told
 
 
 def test_no_two_names_are_the_same() -> None:
@@ -35,6 +35,11 @@ def test_a_killed_process_is_gone_also_before_it_is_reaped() -> None:
 def test_a_later_process_with_the_same_number_is_another() -> None:
     host, pid, _, place, number = this_owner().rsplit(":", 4)
     assert is_gone(f"{host}:{pid}:1:{place}:{number}")
+
+
+def test_of_a_name_that_leases_once_had_nothing_is_known() -> None:
+    assert not is_gone("board:999999999:17")
+    assert told("board:17:2") == "process 17 on board"
 
 
 def test_nothing_is_known_of_processes_elsewhere() -> None:
