@@ -8,8 +8,8 @@ Claims:
    once, and the time is told beside that of a run whose lines are not cut.
 3. Hostile and mutated ONNX files are measured one after another: no file is read, made or changed outside,
    none outlives its limit, each refusal says why, and an ordinary file is measured afterwards.
-4. A search on a pool is killed with SIGKILL at random moments and continued: no trial is lost or doubled, no
-   lease is left, no worker outlives it.
+4. A search on a pool is killed with SIGKILL at random moments and continued: no trial is lost or doubled,
+   none has failed because of the kills, no lease is left, no worker outlives it.
 
     python benchmarks/device_faults.py [--check] [--quick] [--only faults cuts files kills]
 
@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ from nestling.profile.address import parse_address
 from nestling.profile.leases import Attempt, LeaseQueue
 from nestling.profile.transport_local import LocalProcess
 from nestling.search import Trial
+from nestling.search.lost import LOST
 
 PARTS = ("faults", "cuts", "files", "kills")
 FULL = {"faults": 100, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "killed": 30, "measured": 120}
@@ -360,7 +361,7 @@ def killed_searches(run: Path, work: Path, *, kills: int, trials: int, seed: int
             {
                 "measured_twice": measured_twice(attempts, MeasurementStore(killed.run / "measurements.db")),
                 **account_of(killed.kills, stored),
-                "failed": sum(trial["state"] == "failed" for trial in stored),
+                **failures(stored),
                 "kills": len(killed.kills),
                 "workers_left": sum(not kill["worker_ended"] for kill in killed.kills),
                 "integrity": integrity(killed.run / "study.db"),
@@ -370,6 +371,13 @@ def killed_searches(run: Path, work: Path, *, kills: int, trials: int, seed: int
             }
         )
     return {"seconds": round(seconds, 1), "trials": len(stored_trials(whole / "study.db")), "searches": found}
+
+
+def failures(stored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many trials have failed for each reason, and how many of them for no other than kills."""
+    reasons = Counter(str(trial.get("reason", "")) for trial in stored if trial["state"] == "failed")
+    killed = sum(count for reason, count in reasons.items() if LOST in reason)
+    return {"failed": reasons.total(), "failed_by_kills": killed, "reasons": dict(reasons)}
 
 
 def measured_twice(attempts: Sequence[Attempt], store: MeasurementStore) -> int:
@@ -451,8 +459,9 @@ def misses(figures: Figures) -> list[str]:
         kills = sum(search["kills"] for search in part["searches"])
         wrong("kills", f"{kills} kills, {sizes['kills']} were to be", kills != sizes["kills"])
         for search in part["searches"]:
-            for name in ("lost_or_changed", "doubled", "measured_twice", "workers_left"):
+            for name in ("lost_or_changed", "doubled", "measured_twice", "failed_by_kills", "workers_left"):
                 wrong("kills", f"{name.replace('_', ' ')}: {search[name]}", search[name] > 0)
+            wrong("kills", "trials failed without a cause", "" in search["reasons"])
             sound = search["integrity"] == search["leases_integrity"] == "ok"
             wrong("kills", f"damaged: {search['integrity']}, {search['leases_integrity']}", not sound)
             wrong("kills", "a lease was left", not search["lease_is_free"])
@@ -488,7 +497,9 @@ def sentence(figures: Figures) -> str:
             f"{sum(search['kills'] for search in searches)} kills of the search: "
             f"{sum(search['lost_or_changed'] for search in searches)} trials lost, "
             f"{sum(search['doubled'] for search in searches)} doubled, "
-            f"{sum(search['measured_twice'] for search in searches)} measured twice"
+            f"{sum(search['measured_twice'] for search in searches)} measured twice, "
+            f"{sum(search['failed_by_kills'] for search in searches)} failed because of kills, "
+            f"{sum(search['failed'] - search['failed_by_kills'] for search in searches)} for other causes"
         )
     return "; ".join(told)
 

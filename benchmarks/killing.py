@@ -15,10 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nestling.search.workers import ENDING_SECONDS
+
 LIMIT_SECONDS = 600.0
 """A command that takes longer is taken to hang."""
-WORKER_SECONDS = 10.0
-"""The time that a killed command's worker has to notice."""
+WORKER_SECONDS = 10.0 + ENDING_SECONDS / 2
+"""The time that a killed command's workers have to end: to be imported, where they were just started, and to
+give back what they began."""
 POLL_SECONDS = 0.005
 
 

@@ -21,6 +21,7 @@ import pytest
 from nestling.profile import Fingerprint, Measurement, MeasurementStore
 from nestling.profile.leases import Attempt
 from nestling.profile.worker import RefusalError, refuse_external_data
+from nestling.search.lost import LOST
 
 pytest.importorskip("asyncssh", reason="the benchmarks of devices need asyncssh: pip install 'nestling[ssh]'")
 
@@ -49,6 +50,7 @@ FAULTS: dict[str, Any] = {
         "searches": [{
             "kills": 1, "lost_or_changed": 0, "doubled": 0, "workers_left": 0, "integrity": "ok",
             "measured_twice": 0, "leases_integrity": "ok", "lease_is_free": True, "evaluated": 4,
+            "failed": 1, "failed_by_kills": 0, "reasons": {"the file was refused": 1},
         }],
     },
 }  # fmt: skip
@@ -84,6 +86,8 @@ BAD = [
     ("device_faults", ("files", "external_not_refused"), ["external data: measured"]),
     ("device_faults", ("kills", "searches", 0, "measured_twice"), 1),
     ("device_faults", ("kills", "searches", 0, "lost_or_changed"), 1),
+    ("device_faults", ("kills", "searches", 0, "failed_by_kills"), 1),
+    ("device_faults", ("kills", "searches", 0, "reasons"), {"": 1}),
     ("device_faults", ("kills", "searches", 0, "lease_is_free"), False),
     ("device_faults", ("kills", "searches", 0, "leases_integrity"), "row 1 missing"),
     ("cuda_front", ("members", "01-a", "torch:cuda", "flagged"), [[], [], []]),
@@ -148,6 +152,15 @@ def test_a_file_is_measured_twice_where_a_stable_measurement_was_followed_by_ano
     again = [*once, once[0], Attempt("b", "ort:cpu", 0.0, 1.0, "abandoned", None)]
     assert module.measured_twice(again, store) == 0
     assert module.measured_twice([*again, once[1]], store) == 1
+
+
+def test_failures_that_come_from_kills_alone_are_told_apart(load: Load) -> None:
+    killed = f"{LOST} 4 times, last process 3 on host: it was killed, or its machine was"
+    stored = [{"state": "complete"}, {"state": "failed", "reason": killed}]
+    stored += [{"state": "failed", "reason": "refused"}, {"state": "failed"}]
+    assert load("device_faults").failures(stored) == {
+        "failed": 3, "failed_by_kills": 1, "reasons": {killed: 1, "refused": 1, "": 1}
+    }  # fmt: skip
 
 
 def test_hostile_files_are_what_they_say(load: Load, tmp_path: Path) -> None:
