@@ -76,23 +76,40 @@ def external_data(locations: list[str]) -> Iterator[tuple[str, bytes]]:
         for beyond in (1 << 32, 7 << 32):
             yield "external behind long keys", _disguised(location, beyond=beyond, value=1)
         yield "external by a long value", _disguised(location, beyond=1 << 32, value=1 + (1 << 32))
+        for name in (1 << 40, 1 << 63):
+            yield "external with a number for its name", _disguised(location, beyond=0, value=1, name=name)
 
 
-def _disguised(location: str, *, beyond: int, value: int) -> bytes:
-    """A model whose weight lies elsewhere, told by keys that protobuf cuts to 32 bits."""
+def _field(number: int, content: bytes | int, *, beyond: int = 0) -> bytes:
+    """A field as protobuf writes it, with `beyond` added to its key."""
+    if isinstance(content, int):
+        return _varint((number << 3) + beyond) + _varint(content)
+    return _varint((number << 3 | 2) + beyond) + _varint(len(content)) + content
 
-    def field(number: int, content: bytes | int, *, beyond: int = 0) -> bytes:
-        if isinstance(content, int):
-            return _varint((number << 3) + beyond) + _varint(content)
-        return _varint((number << 3 | 2) + beyond) + _varint(len(content)) + content
 
+def _disguised(location: str, *, beyond: int, value: int, name: int | None = None) -> bytes:
+    """A model whose weight lies elsewhere, told by keys that protobuf cuts to 32 bits.
+
+    With a `name` that is a number, which protobuf passes over and a reader may take for a count of bytes.
+    """
     # so many numbers that no optimization looks at them, and fails before the file is read
     whole = model([helper.make_node("Max", ["images", "weight"], ["out"])]).SerializeToString()
     tensor = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=SHAPE[2:]).SerializeToString()
     for key, text in (("location", location), ("offset", "0"), ("length", "256")):
-        tensor += field(13, field(1, key.encode()) + field(2, text.encode()), beyond=beyond)
+        tensor += _field(13, _field(1, key.encode()) + _field(2, text.encode()), beyond=beyond)
+    tensor += b"" if name is None else _field(8, name)
     # a second graph is merged with the first
-    return bytes(whole + field(7, field(5, tensor + field(14, value, beyond=beyond))))
+    return bytes(whole + _field(7, _field(5, tensor + _field(14, value, beyond=beyond))))
+
+
+def misread() -> Iterator[tuple[str, bytes]]:
+    """Models in which a number stands where text or a message is read."""
+    whole = model([helper.make_node("Identity", ["images"], ["out"])]).SerializeToString()
+    for number in (1, 1 << 40, (1 << 64) - 1):
+        yield "number for a tensor's name", bytes(whole + _field(7, _field(5, _field(8, number))))
+        for place in (1, 3, 4, 7):
+            yield "number for a node's text", bytes(whole + _field(7, _field(1, _field(place, number))))
+        yield "number for a graph", bytes(whole + _field(7, number))
 
 
 def nested_functions(levels: int = FUNCTION_LEVELS) -> bytes:
@@ -258,6 +275,7 @@ def hostile(canaries: list[Path], folder: Path) -> Iterator[tuple[str, bytes]]:
     yield from external_data(locations)
     yield from giants()
     yield from malformed()
+    yield from misread()
     yield "nested functions", nested_functions()
     yield "nested functions", nested_functions(40)
     yield "endless loop", endless_loop()

@@ -168,8 +168,10 @@ def test_hostile_files_are_what_they_say(load: Load, tmp_path: Path) -> None:
     made = list(module.hostile([tmp_path / "canary"], tmp_path / "private"))
     names = Counter(name for name, _ in made)
     assert names["giant constant"] == 4
+    assert names["number for a node's text"] == 12
+    assert names["external with a number for its name"] == 20
     for name, content in made:
-        if name.startswith("external"):
+        if name.startswith(("external", "number for")):
             with pytest.raises(RefusalError):
                 refuse_external_data(content)
     by_name = dict(made)
@@ -184,10 +186,10 @@ def test_mutations_differ_and_repeat(load: Load, tmp_path: Path) -> None:
     whole = [module.endless_loop(5)]
 
     def made(seed: int) -> list[tuple[str, bytes]]:
-        found = module.files(150, whole=whole, canaries=[tmp_path / "c"], folder=tmp_path, seed=seed)
+        found = module.files(250, whole=whole, canaries=[tmp_path / "c"], folder=tmp_path, seed=seed)
         return list(found)
 
-    assert len(made(0)) == 150
+    assert len(made(0)) == 250
     assert made(0) == made(0) != made(1)
     mutated = [content for name, content in made(0) if name == "mutated network"]
     assert sum(content != whole[0] for content in mutated) > 0.9 * len(mutated)

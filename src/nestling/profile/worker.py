@@ -265,6 +265,8 @@ _REPEATED = {("node", 1), ("node", 2), ("tensor", 14)}
 
 Of the last, protobuf takes the last value that it knows, and knows fewer than may be written.
 """
+_STRINGS = {("node", 1), ("node", 2), ("node", 3), ("node", 4), ("node", 7), ("tensor", 8)}
+"""Fields that are read as text. Written as a number, such a one would be taken for a count of bytes."""
 _LONGEST_KEY, _LONGEST_NUMBER = 5, 10
 """Bytes of the longest key of a field (or length of one), and of the longest number, that protobuf takes."""
 
@@ -275,24 +277,30 @@ def messages(model: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
     Of what a node reads and writes and of where a tensor lies, a list of all values.
 
     Raises:
-        RefusalError: `model` is not protobuf, or is such that protobuf might read something else in it.
+        RefusalError: `model` is not protobuf, or is such that protobuf might read something else in it: a
+            message or a text in another form than that of bytes, which protobuf would pass over.
     """
     waiting = [("model", memoryview(model))]
     while waiting:
         kind, content = waiting.pop()
         held: dict[int, Any] = {}
         inside = _MESSAGES[kind]
-        for number, value in _fields(content):
+        for number, wire, value in _fields(content):
+            if wire != 2 and (number in inside or (kind, number) in _STRINGS):
+                raise RefusalError(
+                    f"not an ONNX model: field {number} of a {kind} has wire type {wire}, not 2"
+                )
             if (kind, number) in _REPEATED:
                 held.setdefault(number, []).append(value)
             else:
                 held[number] = value
-            if number in inside and isinstance(value, memoryview):
+            if number in inside:
                 waiting.append((inside[number], value))
         yield kind, held
 
 
-def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(content: memoryview) -> Iterator[tuple[int, int, Any]]:
+    """(number, wire type, value) of each field: a number for wire type 0, bytes for the others."""
     position = 0
     while position < len(content):
         key, position = _varint(content, position, longest=_LONGEST_KEY)
@@ -314,7 +322,7 @@ def _fields(content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             position += length
         else:
             raise RefusalError(f"not an ONNX model: wire type {wire}")
-        yield number, value
+        yield number, wire, value
 
 
 def _varint(content: memoryview, position: int, *, longest: int) -> tuple[int, int]:

@@ -221,6 +221,24 @@ def test_a_tensor_that_may_lie_elsewhere_is_refused(fields: tuple[bytes, ...]) -
         refuse_external_data(disguised(*fields))
 
 
+NUMBER, WORD = 1 << 63, number(8 << 3 | 1) + bytes(8)
+MISREAD = {
+    "a tensor's name": disguised(field(8, NUMBER), field(13, LOCATION), field(14, 1)),
+    "a tensor's name, of a terabyte": disguised(field(8, 1 << 40), field(13, LOCATION)),
+    "a tensor's name, of eight bytes": disguised(WORD),
+    "a node's operator": field(7, field(1, field(4, NUMBER))),
+    "a node's first operand": field(7, field(1, field(1, 5))),
+    "a graph": field(7, 0),
+    "a tensor of an attribute": field(7, field(1, field(5, number(5 << 3 | 5) + bytes(4)))),
+}
+
+
+@pytest.mark.parametrize("what", MISREAD)
+def test_what_should_be_bytes_and_is_a_number_is_refused(what: str) -> None:
+    with pytest.raises(RefusalError, match=r"not an ONNX model: field \d of a \w+ has wire type \d, not 2"):
+        refuse_external_data(MISREAD[what])
+
+
 def test_a_tensor_that_says_that_it_lies_inside_is_accepted() -> None:
     refuse_external_data(disguised(field(9, bytes(256)), field(14, 0)))
 
