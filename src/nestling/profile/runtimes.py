@@ -27,6 +27,6 @@ RUNTIMES: dict[str, RuntimeKind] = {
     **{f"ort:{target}": RuntimeKind({} if target == "cpu" else _FALLBACK) for target in PROVIDERS},
     "openvino:cpu": RuntimeKind({"dtype": ("f32", "bf16")}, _HERE / "openvino_runtime.py"),
     "torch:cpu": RuntimeKind({"dtype": _TORCH}, _HERE / "torch_runtime.py"),
-    "torch:cuda": RuntimeKind({"dtype": _TORCH, "graph": ("1", "0")}, _HERE / "torch_runtime.py"),
+    "torch:cuda": RuntimeKind({"dtype": (*_TORCH, "tf32"), "graph": ("1", "0")}, _HERE / "torch_runtime.py"),
 }
 """By the part of an address before its options."""

@@ -23,7 +23,10 @@ from torch import Tensor
 
 PROFILED_SECONDS = 2.0
 """No further run is profiled after so long."""
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"f32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+"""By an address's `dtype`. With `tf32` a GPU from Ampere on rounds what it multiplies, and nothing else."""
+UNFORESEEN = (TypeError, LookupError, AttributeError, AssertionError)
+"""What an operator raises that is given operands or attributes which it does not take."""
 WARM_UP = 3
 """Eager runs before a CUDA graph is captured, as PyTorch asks for."""
 CLASSIFIED_BY_INPUT = 13
@@ -50,6 +53,11 @@ class Step:
     attributes: Mapping[str, Any]
     constants: Mapping[int, NDArray[Any]]
     """The operands that are constants, by their place."""
+
+    @property
+    def label(self) -> str:
+        """The node's name, or where it has none that of its first output."""
+        return self.name or next(iter(self.writes), "")
 
     def attribute(self, name: str, default: Any) -> Any:
         """The attribute, or what it is when it is left out."""
@@ -290,8 +298,11 @@ class Session:
         self.device, self.dtype, self.graph = device, dtype, graph
         proto = onnx.load_model_from_string(model)
         # the runtime's conversion, where a file is older than what the table knows
-        if proto.opset_import[0].version < CLASSIFIED_BY_INPUT:
-            raise NotImplementedError(f"opset {proto.opset_import[0].version}; 13 or later is known")
+        opset = {one.domain or "ai.onnx": one.version for one in proto.opset_import}.get("ai.onnx")
+        if opset is None:
+            raise NotImplementedError("it names no opset of ONNX's own operators; 13 or later is known")
+        if opset < CLASSIFIED_BY_INPUT:
+            raise NotImplementedError(f"opset {opset}; 13 or later is known")
         self.weights: dict[str, Tensor] = {}
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
         self.steps = []
@@ -318,7 +329,7 @@ class Session:
         self.outputs = [value.name for value in proto.graph.output]
         self.nodes: list[dict[str, Any]] | None = [
             {
-                "name": step.name or step.writes[0],
+                "name": step.label,
                 "op": step.op,
                 "reads": list(step.reads),
                 "writes": list(step.writes),
@@ -370,7 +381,12 @@ class Session:
         values: dict[str, Any] = {"": None, **self.weights, **inputs}
         between()
         for step in self.steps:
-            found = OPERATORS[step.op](step, *(values[name] for name in step.reads))
+            try:
+                found = OPERATORS[step.op](step, *(values[name] for name in step.reads))
+            except UNFORESEEN as error:
+                raise ValueError(
+                    f"node {step.label!r} ({step.op}): {type(error).__name__}: {error}"
+                ) from error
             outputs = found if isinstance(found, list) else [found]
             values.update(zip(step.writes, outputs))  # noqa: B905 boards have Python 3.9
             between()
@@ -393,7 +409,10 @@ class ForeignRuntime:
                 f"torch:cuda needs a GPU, and a PyTorch for it; torch {torch.__version__} finds none here"
             )
         torch.set_num_threads(threads)
-        self.device, self.dtype = torch.device(target), DTYPES[options.get("dtype", "f32")]
+        asked = options.get("dtype", "f32")
+        self.device, self.dtype = torch.device(target), DTYPES[asked]
+        # left to itself cuDNN rounds the factors in convolutions to 10 bits, where the GPU can
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = asked == "tf32"
         self.graph = options.get("graph", "1") == "1"
         self.name = f"torch {torch.__version__}"
         if target == "cuda":
@@ -427,7 +446,7 @@ class ForeignRuntime:
         kind = str(self.dtype).removeprefix("torch.")
         return [
             {
-                "name": step.name or step.writes[0],
+                "name": step.label,
                 "op": step.op,
                 "provider": str(self.device),
                 "reads": [kind],

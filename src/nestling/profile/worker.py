@@ -79,6 +79,8 @@ PLUGINS = {"openvino": "onnxruntime_ep_openvino"}
 """Modules that bring a provider to a runtime that was built without it: they say where its library is."""
 INPUT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 INPUT_TYPES |= {f"tensor({kind})": kind for kind in ("uint8", "int8", "int32", "int64", "bool")}
+FED = (*INPUT_TYPES.values(), "int16", "uint16", "uint32", "uint64")
+"""NumPy's types that inputs are made up in."""
 
 PROFILED_RUNS, PROFILED_SECONDS = 50, 2.0
 """The most runs over which nodes are timed, and the time after which no further one begins."""
@@ -821,25 +823,7 @@ class OrtRuntime:
             session = self._session(self._native(model, profiled=Path(folder) / "profile"))
             done = repeat(session.bound(feed(session)), runs)
             events = json.loads(Path(session.native.end_profiling()).read_text())
-        taken: dict[tuple[str, str], list[int]] = {}
-        kernels: dict[tuple[str, str], dict[str, Any]] = {}
-        for event in events:
-            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-                said, name = event["args"], event["name"].removesuffix("_kernel_time")
-                key = (name, said["node_index"])
-                taken.setdefault(key, []).append(event["dur"])
-                if key not in kernels:
-                    reads, writes = (
-                        [kind for tensor in said[f"{side}_type_shape"] for kind in tensor]
-                        for side in ("input", "output")
-                    )
-                    ran = {"name": name, "op": said["op_name"], "provider": said["provider"]}
-                    kernels[key] = {**ran, "reads": reads, "writes": writes}
-        # a node of a loop's body is there several times in each run
-        return [
-            {**kernel, "microseconds": float(np.median(taken[key])) * len(taken[key]) / done}
-            for key, kernel in kernels.items()
-        ]
+        return kernels_of(events, runs=done)
 
     def timer(self) -> None:
         """The processor's clock: a call returns when its outputs are there."""
@@ -921,6 +905,29 @@ class OrtRuntime:
         return {"load_config": json.dumps(config)}
 
 
+def kernels_of(events: Sequence[Mapping[str, Any]], *, runs: int) -> list[dict[str, Any]]:
+    """The kernels of one run, out of the events that ONNX Runtime's profile tells of `runs`."""
+    taken: dict[tuple[str, str], list[int]] = {}
+    kernels: dict[tuple[str, str], dict[str, Any]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            said, name = event.get("args", {}), event["name"].removesuffix("_kernel_time")
+            key = (name, said.get("node_index", ""))
+            taken.setdefault(key, []).append(event["dur"])
+            if key not in kernels:
+                reads, writes = (
+                    [kind for tensor in said.get(f"{side}_type_shape", ()) for kind in tensor]
+                    for side in ("input", "output")
+                )
+                ran = {"name": name, "op": said.get("op_name", ""), "provider": said.get("provider", "")}
+                kernels[key] = {**ran, "reads": reads, "writes": writes}
+    # a node of a loop's body is there several times in each run
+    return [
+        {**kernel, "microseconds": float(np.median(taken[key])) * len(taken[key]) / runs}
+        for key, kernel in kernels.items()
+    ]
+
+
 def plugin_library(target: str) -> Path | None:
     """The library of the plug-in that brings the provider `target`, where one is installed."""
     spec = importlib.util.find_spec(PLUGINS[target]) if target in PLUGINS else None
@@ -962,7 +969,7 @@ def made_up(inputs: Sequence[Input]) -> Feed:
     Floats are standard normal, bytes spread over 0 to 255, whole numbers 0 or 1 (which most tables have).
 
     Raises:
-        RefusalError: a size that is not the first is open.
+        RefusalError: a size that is not the first is open, or the type is none that can be made up.
     """
     rng = np.random.default_rng(0)
     feed: dict[str, NDArray[Any]] = {}
@@ -972,7 +979,10 @@ def made_up(inputs: Sequence[Input]) -> Feed:
                 f"input {given.name!r} has shape {list(given.shape)}; only its first size may be open: fix "
                 "the others, as `python -m onnxruntime.tools.make_dynamic_shape_fixed` does"
             )
-        shape, dtype = [size if isinstance(size, int) else 1 for size in given.shape], np.dtype(given.dtype)
+        shape = [size if isinstance(size, int) else 1 for size in given.shape]
+        if given.dtype not in FED:
+            raise RefusalError(f"input {given.name!r} is a {given.dtype}; {', '.join(FED)} can be fed")
+        dtype = np.dtype(given.dtype)
         if dtype.kind == "f":
             feed[given.name] = rng.standard_normal(shape).astype(dtype)
         else:
@@ -993,6 +1003,14 @@ class Opened:
     first_seconds: float | None = None
     resident: int | None = None
     """Bytes of memory that the process had before, as long as nothing else was asked since."""
+    peak_bytes: int | None = None
+    """What it took in memory up to what was asked next; None as long as `resident` tells."""
+
+    def settle_peak(self) -> None:
+        """Keeps the peak as it is, ahead of what would raise it on another session's account."""
+        if self.resident is not None and self.first_seconds is not None:
+            self.peak_bytes = max(_memory("VmHWM") - self.resident, 0)
+        self.resident = None
 
 
 @dataclass(frozen=True)
@@ -1110,9 +1128,11 @@ class Worker:
         finally:
             gc.enable()
         told = between(before, readings(self.cores), cores=len(self.cores))
-        resident = candidate.opened.resident
-        if resident is not None and self.last is candidate.opened:
-            told["peak_bytes"] = max(_memory("VmHWM") - resident, 0)
+        opened = candidate.opened
+        if opened.resident is not None and self.last is opened:
+            told["peak_bytes"] = max(_memory("VmHWM") - opened.resident, 0)
+        elif opened.peak_bytes is not None:
+            told["peak_bytes"] = opened.peak_bytes
         count = len(timed.candidate)
         told |= {"left_out": timed.left_out, "interrupted": timed.interrupted / count}
         if count < LEAST_PAIRS:
@@ -1225,6 +1245,8 @@ class Worker:
 
     def _profile(self, model: bytes, runs: int) -> list[dict[str, Any]]:
         refuse_external_data(model)
+        if self.last is not None:  # another session opens now
+            self.last.settle_peak()
         return self._settled().profile(model, lambda session: made_up(session.inputs), runs=runs)
 
     def _elsewhere(self, model: bytes) -> dict[str, float]:
@@ -1277,6 +1299,16 @@ def _alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def raised_at(error: Exception) -> str:
+    """Where the exception was raised, such as `worker.py, line 12`: its text may say nothing of it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "nowhere"
+    return f"{Path(trace.tb_frame.f_code.co_filename).name.strip('<>')}, line {trace.tb_lineno}"
+
+
 def main() -> None:
     """Serves requests until the other side says bye or goes away."""
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
@@ -1304,6 +1336,8 @@ def main() -> None:
         except expected as error:
             kind = "" if isinstance(error, RefusalError) else f"{type(error).__name__}: "
             answer, content = {"refused": f"{kind}{error}"}, b""
+        except Exception as error:  # an odd file met code that had not foreseen it: the process is sound
+            answer, content = {"refused": f"{type(error).__name__}: {error} ({raised_at(error)})"}, b""
         _alarm(0)
         answers.write(pack(answer, len(content)))
         answers.write(content)

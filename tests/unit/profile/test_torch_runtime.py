@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nestling.profile import DeviceError, connect
+from nestling.profile import DeviceError, connect, parse_address
 from nestling.profile.reference import reference_model
 from nestling.profile.torch_runtime import OPERATORS, ForeignRuntime
 
@@ -150,6 +150,67 @@ def test_what_it_does_not_run_is_named(
     model = one_node(op, IMAGES, *constants, **attributes)
     with pytest.raises((Refused, NotImplementedError), match=said):
         runtime().open(model, with_nodes=False).run({"x": IMAGES})
+
+
+@pytest.mark.parametrize(
+    ("op", "x", "constants", "said"),
+    [
+        ("Conv", IMAGES, (), r"node 'node' \(Conv\): TypeError: .*missing.*weight"),
+        ("Conv", IMAGES, (None,), r"node 'node' \(Conv\): AttributeError: 'NoneType'"),
+        ("Relu", IMAGES, (normal(4),), r"node 'node' \(Relu\): TypeError"),
+        ("Concat", IMAGES, (), r"node 'node' \(Concat\): KeyError: 'axis'"),
+    ],
+)
+def test_an_odd_node_is_named(op: str, x: Array, constants: tuple[Array | None, ...], said: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        runtime().open(one_node(op, x, *constants), with_nodes=False).run({"x": x})
+
+
+def with_opsets(*opsets: tuple[str, int]) -> bytes:
+    model = onnx.load_model_from_string(one_node("Relu", IMAGES))
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(*one) for one in opsets)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("opsets", [[("com.microsoft", 1), ("", 17)], [("ai.onnx", 17), ("mine", 3)]])
+def test_the_opset_is_that_of_onnx_s_own_operators(opsets: list[tuple[str, int]]) -> None:
+    runtime().open(with_opsets(*opsets), with_nodes=False)
+
+
+@pytest.mark.parametrize(
+    ("opsets", "said"),
+    [([], "no opset"), ([("mine", 17)], "no opset"), ([("mine", 17), ("", 11)], "opset 11; 13 or later")],
+)
+def test_an_opset_that_is_old_or_missing_is_refused(opsets: list[tuple[str, int]], said: str) -> None:
+    with pytest.raises(Refused, match=rf"torch:cpu does not run this file: .*{said}"):
+        runtime().open(with_opsets(*opsets), with_nodes=False)
+
+
+@pytest.fixture
+def rounding() -> Iterator[tuple[Any, Any]]:
+    """The parts of PyTorch that say whether factors are rounded, restored afterwards."""
+    parts: tuple[Any, Any] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [part.allow_tf32 for part in parts]
+    yield parts
+    for part, was in zip(parts, before, strict=True):
+        part.allow_tf32 = was
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("f32", False), ("tf32", True), ("bf16", False)])
+def test_factors_of_32_bits_are_rounded_where_the_address_asks_alone(
+    dtype: str, rounded: bool, rounding: tuple[Any, Any]
+) -> None:
+    for part in rounding:
+        part.allow_tf32 = not rounded
+    runtime(dtype)
+    assert [part.allow_tf32 for part in rounding] == [rounded, rounded]
+
+
+def test_rounded_factors_are_offered_on_gpus_alone() -> None:
+    assert parse_address("torch:cuda?dtype=tf32").options == (("dtype", "tf32"),)
+    with pytest.raises(DeviceError, match=r"dtype='tf32' must be one of: f32, bf16, f16$"):
+        parse_address("torch:cpu?dtype=tf32")
 
 
 def test_a_whole_network_is_right_in_32_and_near_in_16_bits() -> None:

@@ -435,6 +435,62 @@ def test_other_runtimes_do_without_onnxruntime() -> None:
     assert "onnxruntime" not in runtimes["versions"]
 
 
+ODD = (
+    RUNTIME
+    + b"""
+    def open(self, model, *, with_nodes):
+        return {}["key"]
+"""
+)
+
+
+def test_an_error_that_nobody_foresaw_is_an_answer_and_the_worker_lives_on() -> None:
+    requests = [
+        ({"verb": "hello", "engine": "mine", "runtime": "cpu", "threads": 1, "limit_seconds": 30}, ODD),
+        ({"verb": "load", "model": "m", "limit_seconds": 30}, b""),
+        ({"verb": "drop", "limit_seconds": 30}, b""),
+        ({"verb": "bye", "limit_seconds": 30}, b""),
+    ]
+    frames = b"".join(worker.pack(request, len(blob)) + blob for request, blob in requests)
+    command = [sys.executable, "-P", worker.__file__]
+    ended = subprocess.run(command, input=frames, capture_output=True, check=True)
+    _, odd, *others = spoken(ended.stdout)
+    assert odd == {"refused": "KeyError: 'key' (nestling_mine_runtime, line 10)"}
+    assert others == [{}, {}]
+
+
+def test_events_of_a_profile_that_tell_little_are_kernels_all_the_same() -> None:
+    told = {"node_index": "0", "op_name": "Conv", "provider": "P", "input_type_shape": [{"float": [1]}]}
+    node = {"cat": "Node", "dur": 4}
+    found = worker.kernels_of(
+        [{"ph": "M"}, {**node, "name": "a_kernel_time", "args": told}, {**node, "name": "b_kernel_time"}],
+        runs=1,
+    )
+    bare = {"name": "b", "op": "", "provider": "", "reads": [], "writes": [], "microseconds": 4.0}
+    assert found[0] == {**bare, "name": "a", "op": "Conv", "provider": "P", "reads": ["float"]}
+    assert found[1] == bare
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "object"])
+def test_an_input_of_a_type_that_cannot_be_made_up_is_refused(kind: str) -> None:
+    with pytest.raises(RefusalError, match=f"input 'x' is a {kind}; float32, .* can be fed"):
+        worker.made_up([worker.Input("x", kind, [1, 3])])
+
+
+def test_a_peak_of_memory_is_the_model_s_and_not_of_sessions_that_opened_later(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter((7_000, 90_000, 90_000))
+    monkeypatch.setattr(worker, "_memory", lambda _: next(peaks))
+    monkeypatch.setattr(worker, "forget_peak", lambda: 2_000)
+    asked = worker.Worker()
+    asked.load({"model": "m", "shares": True}, bytearray(tiny.read_bytes()))
+    asked.load({"model": "r"}, bytearray(tiny.read_bytes()))
+    limits = {"seconds": 0.01, "tolerance": 0.5, "limit_seconds": 30.0}
+    told, _ = asked.time({"model": "m", "reference": "r", **limits}, bytearray())
+    assert told["conditions"]["peak_bytes"] == 5_000
+
+
 @pytest.mark.parametrize("name", ["worker", "torch_runtime", "openvino_runtime"])
 def test_what_runs_on_boards_is_written_for_python_3_9(name: str) -> None:
     source = Path(worker.__file__).with_name(f"{name}.py").read_text()
