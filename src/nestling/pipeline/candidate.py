@@ -22,10 +22,10 @@ from nestling.models.cost import Cost
 from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.policies import is_precision, quant_policy
-from nestling.pipeline.turns import turn
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
-from nestling.profile import Device, DeviceError, DevicePool, Measurement
+from nestling.profile import Device, DeviceError, Measurement
+from nestling.profile.turns import turn
 from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
 from nestling.quant.regions import WEIGHT_AXES
 from nestling.search import EvaluationFailed
@@ -387,7 +387,7 @@ def measure(
     """The latency of the file at `path`; an unstable measurement is taken again, later each time.
 
     Where all are unstable, the one whose ratio has the narrowest interval: it is still flagged. Of the
-    processes of this machine one at a time measures on a device; who shares a pool's leases, on each board.
+    processes of this machine one at a time measures on it; who shares a pool's leases, on each board.
 
     Args:
         device: where.
@@ -412,9 +412,7 @@ def measure(
 
 
 def _measured(device: Device, path: Path) -> Measurement:
-    if isinstance(device, DevicePool):  # a turn would leave all its boards but one idle
-        return device.measure(path)
-    with turn(device.name):
+    with turn(device.name, tell=None):  # workers of a search wait for each other all the time
         return device.measure(path)
 
 

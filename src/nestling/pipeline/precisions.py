@@ -16,6 +16,7 @@ from nestling.models.graph import Graph
 from nestling.pipeline.probes import PROBES, WEIGHTED, Probe
 from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import Device, DeviceError, Kernel, MeasurementStore
+from nestling.profile.turns import turn
 from nestling.quant import PRECISIONS, Precision, Quantized, QuantPolicy, quantize
 
 TABLE_VERSION = 3
@@ -222,7 +223,8 @@ def _timed(device: Device, found: Finding, precision: Precision, probe: Probe, *
     try:
         _write(device, graph, precision, probe, path, timed=True)
         _write(device, graph, PRECISIONS["fp32"], probe, plain, timed=True)
-        measurement = device.compare(path, plain, seconds=TIMED_SECONDS)
+        with turn(device.name):
+            measurement = device.compare(path, plain, seconds=TIMED_SECONDS)
     except (DeviceError, ValueError) as error:
         return replace(found, status="refused", why=_one_line(error, path))
     return replace(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.profile.devices import Device
+from nestling.profile.turns import turn
 
 ROUNDS = 8
 """Fresh workers in which two files are timed beside each other."""
@@ -127,7 +128,7 @@ def compare_files(
 ) -> Comparison:
     """How many times faster `first` is than `second`. Every round has a worker of its own.
 
-    Which of the two is loaded first alternates.
+    Which of the two is loaded first alternates. For each round it waits for its turn on this machine.
 
     Args:
         device: where.
@@ -145,11 +146,12 @@ def compare_files(
     unstable = 0
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
+        pair = (second, first) if number % 2 == 0 else (first, second)
+        with turn(device.name):
+            taken = device.compare(*pair, seconds=seconds / rounds, fresh=True)
         if number % 2 == 0:
-            taken = device.compare(second, first, seconds=seconds / rounds, fresh=True)
             own, other, speedup = taken.reference_seconds, taken.seconds, taken.ratio
         else:
-            taken = device.compare(first, second, seconds=seconds / rounds, fresh=True)
             own, other, speedup = taken.seconds, taken.reference_seconds, 1 / taken.ratio
         speedups.append(speedup)
         unstable += taken.unstable

@@ -10,6 +10,7 @@ from typing import Any
 from nestling.profile.devices import Device
 from nestling.profile.kernels import Kernel, MadeUp
 from nestling.profile.measurement import Measurement
+from nestling.profile.turns import turn
 
 TIMED_RUNS = 50
 """Runs over which the times of nodes are medians, at most."""
@@ -88,14 +89,17 @@ class Refusal:
 def profile_file(device: Device, path: Path, *, nodes: bool = False) -> FileProfile:
     """What the file is like on the device; with the time of each node where `nodes` says so.
 
+    For each measurement it waits for its turn on this machine.
+
     Raises:
         DeviceError: no such file, a file that the runtime refuses, or a worker that crashed or hung.
     """
-    measurement = device.measure(path)
-    return FileProfile(
-        path=path,
-        measurement=measurement,
-        inputs=device.inputs(path),
-        joules=device.energy(path, seconds=ENERGY_SECONDS),
-        nodes=device.kernels(path, runs=TIMED_RUNS) if nodes else (),
-    )
+    with turn(device.name):
+        measurement = device.measure(path)
+    with turn(device.name):
+        inputs, joules = device.inputs(path), device.energy(path, seconds=ENERGY_SECONDS)
+    timed: tuple[Kernel, ...] = ()
+    if nodes:
+        with turn(device.name):
+            timed = device.kernels(path, runs=TIMED_RUNS)
+    return FileProfile(path=path, measurement=measurement, inputs=inputs, joules=joules, nodes=timed)

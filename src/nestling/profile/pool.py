@@ -23,6 +23,7 @@ from nestling.profile.quiet import QuietTimes
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
+from nestling.profile.turns import turn
 from nestling.profile.worker_device import WorkerDevice
 
 TRIES = 3
@@ -146,7 +147,9 @@ class DevicePool:
             tried.add(loan.board.name)
             with self._roster.held(loan):
                 try:
-                    taken = self._roster.use(loan, lambda device: device.measure(path))
+                    taken = self._roster.use(
+                        loan, lambda device: in_turn(device, lambda: device.measure(path))
+                    )
                 except TryLost as lost:
                     cuts += not lost.strike
                     if cuts >= MOST_CUTS:
@@ -183,7 +186,7 @@ class DevicePool:
         Raises:
             DeviceError, DevicesGoneError: as `predict`.
         """
-        return self._by_any(lambda device: device.kernels(path, runs=runs))
+        return self._by_any(lambda device: in_turn(device, lambda: device.kernels(path, runs=runs)))
 
     def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
         """How long the file takes beside another one, on one of the boards; `fresh`: by a worker of its own.
@@ -191,9 +194,11 @@ class DevicePool:
         Raises:
             DeviceError, DevicesGoneError: as `predict`.
         """
-        return self._of_class(
-            self._by_any(lambda device: device.compare(path, other, seconds=seconds, fresh=fresh))
-        )
+
+        def compared(device: WorkerDevice) -> Measurement:
+            return in_turn(device, lambda: device.compare(path, other, seconds=seconds, fresh=fresh))
+
+        return self._of_class(self._by_any(compared))
 
     def energy(self, path: Path, *, seconds: float) -> Mapping[str, float]:
         """Joules of one call on one of the boards, by the name of its counter; empty where it has none.
@@ -201,7 +206,7 @@ class DevicePool:
         Raises:
             DeviceError, DevicesGoneError: as `predict`.
         """
-        return self._by_any(lambda device: device.energy(path, seconds=seconds))
+        return self._by_any(lambda device: in_turn(device, lambda: device.energy(path, seconds=seconds)))
 
     def inputs(self, path: Path) -> tuple[MadeUp, ...]:
         """The inputs that the file is timed with.
@@ -257,6 +262,12 @@ class DevicePool:
                     strikes, cuts = strikes + lost.strike, cuts + (not lost.strike)
                     if strikes >= TRIES or cuts >= MOST_CUTS:
                         raise lost.error from None
+
+
+def in_turn(device: WorkerDevice, work: Callable[[], T]) -> T:
+    """What `work` gives; where the board is this machine, when it is this process's turn to measure."""
+    with turn(device.name, tell=None):
+        return work()
 
 
 def open_device(

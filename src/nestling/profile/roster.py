@@ -16,6 +16,7 @@ from nestling.profile.leases import Job, Lease, LeaseQueue
 from nestling.profile.measurement import Measurement
 from nestling.profile.store import StoreError
 from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
+from nestling.profile.turns import turn
 from nestling.profile.worker_device import WorkerDevice
 
 CALIBRATION_SECONDS = 0.5
@@ -297,9 +298,10 @@ class Roster:
 
     def _calibrated(self, board: Board) -> Measurement:
         """How long the reference model takes on the board: the first that is stable, else the fastest."""
-        taken = [board.device.calibrate(seconds=CALIBRATION_SECONDS)]
-        while taken[-1].unstable and len(taken) < CALIBRATIONS:
-            taken.append(board.device.calibrate(seconds=CALIBRATION_SECONDS))
+        taken: list[Measurement] = []
+        while not taken or (taken[-1].unstable and len(taken) < CALIBRATIONS):
+            with turn(board.name, tell=None):
+                taken.append(board.device.calibrate(seconds=CALIBRATION_SECONDS))
         return taken[-1] if not taken[-1].unstable else min(taken, key=reference_ms)
 
     def _judge(self, board: Board, visit: Calibration | str, settled: DeviceClass) -> None:

@@ -1,4 +1,4 @@
-"""One process of a machine measures at a time, and what it leaves behind when it is killed is nothing."""
+"""One process of a machine trains in a folder at a time, and one that is killed keeps nobody away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.pipeline.turns import training_in, turn
+from nestling.pipeline.turns import training_in
 from nestling.run import RunError
 from nestling.train.distributed import ALONE
 
@@ -25,55 +25,6 @@ fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """
-
-
-def is_free(folder: Path) -> bool:
-    """Whether another process could take the only turn in `folder` at once."""
-    [file] = folder.iterdir()
-    words = ["flock", "--nonblock", str(file), "true"]
-    return subprocess.run(words, check=False).returncode == 0
-
-
-def test_a_turn_keeps_other_processes_waiting_until_it_ends(tmp_path: Path) -> None:
-    with turn("ort:cpu?threads=1", folder=tmp_path):
-        assert not is_free(tmp_path)
-    assert is_free(tmp_path)
-
-
-def test_options_of_a_device_share_a_turn_and_other_devices_have_their_own(tmp_path: Path) -> None:
-    with turn("ort:cpu?threads=1", folder=tmp_path):
-        pass
-    with turn("ort:cpu?threads=2", folder=tmp_path):
-        assert len(list(tmp_path.iterdir())) == 1
-    with turn("ssh://board/ort:cpu", folder=tmp_path), turn("ort:cpu", folder=tmp_path):
-        assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_turn_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    with turn("ort:cpu", folder=tmp_path):
-        pass
-    [file] = tmp_path.iterdir()
-    words = [sys.executable, "-c", HOLDS, str(file)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        assert not is_free(tmp_path)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    with turn("ort:cpu", folder=tmp_path):
-        assert not is_free(tmp_path)
-
-
-def test_a_link_in_the_place_of_a_turn_is_not_followed(tmp_path: Path) -> None:
-    with turn("ort:cpu", folder=tmp_path):
-        pass
-    [file] = tmp_path.iterdir()
-    aim = tmp_path / "aim"
-    file.unlink()
-    file.symlink_to(aim)
-    with pytest.raises(OSError, match="symbolic link"), turn("ort:cpu", folder=tmp_path):
-        os.abort()
-    assert not aim.exists()
 
 
 def test_a_second_training_in_a_folder_is_refused_with_the_number_of_the_first(tmp_path: Path) -> None:

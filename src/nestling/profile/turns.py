@@ -1,0 +1,78 @@
+"""Turns: of all processes of one machine, one at a time measures there, with whatever runtime."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nestling.profile.address import POOL
+
+PATIENCE_SECONDS = 10.0
+"""Who waits for longer is told so."""
+
+
+@contextmanager
+def turn(
+    device: str,
+    *,
+    folder: Path | None = None,
+    tell: Callable[[str], None] | None = warnings.warn,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Iterator[None]:
+    """Waits until no other process measures on this machine, and then keeps the others waiting.
+
+    Two measurements at once would each be of a busy machine, also where their runtimes differ. Devices of
+    other machines are waited for by nobody: who shares those has leases on them. The turn ends with the
+    process, however that ends. It is not to be taken inside another one.
+
+    Args:
+        device: its name; that of a pool, or of a board that a line leads to, takes no turn.
+        folder: where the turns' file is, the same for all processes; by default the machine's folder of
+            temporary files.
+        tell: is given a sentence, by another thread, when the wait becomes long; None: nobody is told.
+        patience_seconds: how long that is.
+    """
+    if device.startswith(POOL) or "://" in device:
+        yield
+        return
+    path = (folder or Path(tempfile.gettempdir())) / f"nestling-{os.getuid()}-measures"
+    # the folder may be anybody's: no link of theirs is followed
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, device, tell=tell, patience_seconds=patience_seconds)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(
+    descriptor: int, device: str, *, tell: Callable[[str], None] | None, patience_seconds: float
+) -> None:
+    def say() -> None:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace") or "another"
+        if tell is not None:
+            tell(
+                f"{device} waits: process {holder} is measuring on this machine, and one does at a time; "
+                "this goes on between its measurements"
+            )
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # not by asking again and again: the system lets those who wait in one after the other
+        timer = threading.Timer(patience_seconds, say)
+        timer.daemon = True
+        timer.start()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        finally:
+            timer.cancel()
+            timer.join()
