@@ -35,6 +35,10 @@ from nestling.profile.transport import (
 
 START_SECONDS = 60.0
 """What starting a worker may take: Python, the runtime's libraries, the reference model."""
+TOO_SLOW = (
+    "all that is asked of a file at once may take {:.4g} s, of which timing needs three calls; for a slower "
+    "file raise profile.timeout_seconds, or --seconds of nestling profile, which allows three times as long"
+)
 REFERENCE = "reference"
 CANDIDATE = "candidate"
 BESIDE = "beside"
@@ -406,7 +410,9 @@ class WorkerDevice:
         try:
             answer = self.transport.exchange(request, blob, timeout_seconds=limit)
         except WorkerLostError as error:
-            raise type(error)(f"{about}: {error}") from None
+            late = path is not None and time.monotonic() >= until
+            hint = f" ({TOO_SLOW.format(self.timeout_seconds)})" if late else ""
+            raise type(error)(f"{about}: {error}{hint}") from None
         if "refused" in answer.message:
             raise DeviceError(f"{about}: {answer.message['refused']}")
         return answer
