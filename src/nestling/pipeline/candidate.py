@@ -26,8 +26,8 @@ from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
 from nestling.profile import Device, DeviceError, Measurement
 from nestling.profile.turns import turn
-from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant import Quantized, QuantPolicy, Range, Recipe, Unquantizable, quantize, weight_bits
+from nestling.quant.regions import WEIGHT_AXES, absorbing
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -313,30 +313,39 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
     """Refuses a file of which the runtime computes other layers on integers than the policy says.
 
     ONNX Runtime may quantize a layer that was left in float, or leave one in float that was quantized; only
-    the graph that it has optimized tells. Layers in precisions for research may be computed either way: of
-    those nothing but the result counts.
+    the graph that it has optimized tells. Layers in precisions for research may be computed either way, and
+    so may those that write integers of fewer than 8 bits for such a layer, which end before a ReLU6's bytes
+    do: of those nothing but the result counts.
 
     Raises:
         ExportMismatch: the layers are listed.
         DeviceError: the runtime refuses the file.
     """
+    graph, ranges = quantized.graph, quantized.ranges
+    readers = graph.readers()
     weighted = {
         operator.name: operator.layer
-        for operator in quantized.graph.operators
+        for operator in graph.operators
         if operator.kind in WEIGHT_AXES
         and operator.weight is not None
         and not policy.precision(operator.layer).simulated
+        and not _is_narrow(ranges.get(absorbing(readers, graph, operator)[-1].name))
     }
     wanted = {
         name
         for name, layer in weighted.items()
-        if f"{name}.weight" in quantized.ranges and policy.precision(layer).activation is not None
+        if f"{name}.weight" in ranges and policy.precision(layer).activation is not None
     }
     found = {node.name for node in device.optimized_ops(path) if node.on_integers} & weighted.keys()
     if found != wanted:
         told = [f"{weighted[name]} is computed in float" for name in sorted(wanted - found)]
         told += [f"{weighted[name]} is computed on integers" for name in sorted(found - wanted)]
         raise ExportMismatch(f"the runtime does not keep to the policy: {'; '.join(told)}")
+
+
+def _is_narrow(found: Range | None) -> bool:
+    """Whether the integers are fewer than those of the bytes that hold them."""
+    return found is not None and found.dtype != found.stored
 
 
 def file_metadata(bench: Workbench, arch: Arch) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nestling.config import load_config
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
 from nestling.pipeline import candidate as candidate_module
@@ -28,9 +29,10 @@ from nestling.pipeline.candidate import (
     latency_metrics,
     measure,
     verify_candidate,
+    write_candidate,
 )
 from nestling.pipeline.floats import FloatNetwork
-from nestling.pipeline.workbench import even_batch
+from nestling.pipeline.workbench import Workbench, even_batch
 from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import (
     DeviceError,
@@ -43,8 +45,12 @@ from nestling.profile import (
     connect,
 )
 from nestling.quant import Quantized, QuantPolicy, quantize
+from nestling.quant.layers import layers
+from nestling.run import Run
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
+
+TESTS = Path(__file__).parents[2]
 
 
 class Optimizing:
@@ -127,6 +133,40 @@ def test_a_residual_network_is_computed_on_integers_signed_or_not(
     got = cpu.predict(path, images.numpy())
     expected = simulated(quantized, images).logits.numpy()
     assert abs(got - expected).max() < 0.03 * abs(expected).max()
+
+
+RECTIFIED = """
+family = "mobilenet"
+resolution = 16
+act = "relu6"
+stages = [
+  { block = "mbconv", width = 8, depth = 1, kernel = 3, expand = 1, precision = ["w4a4", "fp32"] },
+]
+head = { kind = "efficientnet", width = 8, precision = ["w4a4", "fp32"] }
+stem = { width = 8, precision = ["w8a8", "fp32"] }
+"""
+
+
+@pytest.fixture
+def rectified(cpu: WorkerDevice, tmp_path: Path) -> Workbench:
+    """A run whose networks have ReLU6 behind a stem in w8a8, read in w4a4; on the CPU, untrained."""
+    (tmp_path / "space.toml").write_text(RECTIFIED)
+    (tmp_path / "config.toml").write_text((TESTS / "toy.toml").read_text().replace("toy_space", "space"))
+    config = load_config(tmp_path / "config.toml", overrides=['quant.keep={first = "w8a8"}'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench).update(supernet=bench.new_supernet().eval(), device=cpu)
+    return bench
+
+
+def test_a_relu6_between_a_layer_in_8_bits_and_one_in_4_is_no_failure(rectified: Workbench) -> None:
+    arch = rectified.space.smallest
+    candidate = write_candidate(rectified, arch, rectified.candidate_path(arch))
+    assert candidate.quantized is not None
+    told = {layer.precision for layer in layers(candidate.quantized.graph, candidate.policy)}
+    assert told == {"w8a8", "w4a4"}
+    stem = next(operator for operator in candidate.quantized.graph.operators if operator.kind == "Clip")
+    assert candidate.quantized.ranges[stem.name].dtype == "uint4"
+    assert candidate.worst_error < COARSE_TOLERANCE
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
