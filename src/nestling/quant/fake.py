@@ -205,7 +205,7 @@ def _float_rule(operator: Operator, ranges: Mapping[str, Range], shape: tuple[in
         if blocked:
             result = accumulated(operator, *numbers)
         elif as_matrices:
-            result = multiplied(operator, *numbers)
+            result = multiplied(operator, *numbers, shape=shape)
         elif operator.kind in ACTIVATIONS and numbers[0].dtype == torch.float32:
             result = ACTIVATIONS[operator.kind](operator, *numbers)
         else:

@@ -44,15 +44,20 @@ def is_multiplied(operator: Operator, shape: tuple[int, ...]) -> bool:
     return operator.weight.ndim == 4 and shape[2] * shape[3] > 1
 
 
-def multiplied(operator: Operator, images: Tensor) -> Tensor:
-    """What the convolution `operator`, which `is_multiplied`, makes of `images` (N, C, H, W)."""
+def multiplied(operator: Operator, images: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    """What the convolution `operator`, which `is_multiplied`, makes of `images` (N, C, H, W).
+
+    Args:
+        operator: the convolution.
+        images: on the device of its weight.
+        shape: of what it writes.
+    """
     weight, groups = operator.constant(), operator.integer("group")
     outputs, inner = weight.shape[0] // groups, weight[0].numel()
     kernels = weight.reshape(groups, outputs, inner)
     top, left, bottom, right = operator.integers("pads")
     images = F.pad(images.contiguous(), (left, right, top, bottom))
-    sides = _written(operator, images)
-    pixels = sides[0] * sides[1]
+    pixels = shape[2] * shape[3]
     at_a_time = max(1, _HELD // (groups * inner * pixels))
     results = []
     for batch in torch.split(images, at_a_time):
@@ -70,21 +75,8 @@ def multiplied(operator: Operator, images: Tensor) -> Tensor:
             products = _by_panels(kernels, columns, _panel(pixels, inner))
             by_image = products.reshape(groups, outputs, len(batch), pixels).permute(2, 0, 1, 3)
             results.append(by_image.flatten(1, 2))
-    total = torch.cat(results).reshape(len(images), -1, *sides)
+    total = torch.cat(results).reshape(len(images), -1, *shape[2:])
     return total if operator.bias is None else total + operator.bias.reshape(-1, 1, 1)
-
-
-def _written(operator: Operator, images: Tensor) -> tuple[int, int]:
-    """Height and width of what `operator` writes of `images`, which are padded."""
-    sides = zip(
-        images.shape[2:],
-        operator.constant().shape[2:],
-        operator.integers("strides"),
-        operator.integers("dilations"),
-        strict=True,
-    )
-    height, width = ((side - gap * (taps - 1) - 1) // step + 1 for side, taps, step, gap in sides)
-    return height, width
 
 
 def _panel(columns: int, inner: int) -> int:
@@ -114,17 +106,22 @@ def _in_sequence(kernels: Tensor, columns: Tensor) -> Tensor:
     more = _LONGEST // 2
     for begin in range(_LONGEST, kernels.shape[2], more):
         kernel, column = kernels[..., begin : begin + more], columns[:, begin : begin + more]
-        # A sum goes on from what is there: its first term is that, times one, and the others' are times zero.
         rows = zip(torch.split(kernel, more, 1), torch.split(total, more, 1), strict=True)
-        total = torch.cat(
-            [
-                torch.cat((torch.eye(row.shape[1]).expand(len(row), -1, -1), row), 2)
-                @ torch.cat((there, column), 1)
-                for row, there in rows
-            ],
-            1,
-        )
+        total = torch.cat([_continued(there, row, column) for row, there in rows], 1)
     return total
+
+
+def _continued(there: Tensor, kernels: Tensor, columns: Tensor) -> Tensor:
+    """The sums `there` (groups, outputs, columns), each going on with the products of its row and column.
+
+    A sum goes on from what is there where its first term is that, times one. The other sums have that times
+    zero, which would make them no numbers of an infinite one: such a sum stays out, and is added to.
+    """
+    one = torch.eye(kernels.shape[1], dtype=kernels.dtype, device=kernels.device)
+    first = torch.cat((one.expand(len(kernels), -1, -1), kernels), 2)
+    finite = there.isfinite()
+    going_on = first @ torch.cat((torch.where(finite, there, 0.0), columns), 1)
+    return torch.where(finite, going_on, there + going_on)
 
 
 def _by_products(kernels: Tensor, windows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnxruntime
 import pytest
 import torch
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 
 from nestling.export import to_onnx
 from nestling.models.graph import Graph, trace
+from nestling.models.operators import Operator
 from nestling.quant import QuantPolicy, insert_qdq, observe
 from nestling.quant.accumulating import is_blocked
 from nestling.quant.fake import simulate
-from nestling.quant.multiplying import is_multiplied
+from nestling.quant.multiplying import is_multiplied, multiplied
 from nestling.quant.ranges import Range
 
 WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -82,3 +85,30 @@ def test_sums_over_one_pixel_are_left_to_pytorch() -> None:
     graph = traced(nn.Conv2d(3, 8, 4), nn.Conv2d(8, 8, 1), side=4)
 
     assert not is_multiplied(graph.operators[-1], graph.shapes["logits"])
+
+
+def long_sums(groups: int) -> tuple[Operator, tuple[int, ...]]:
+    """A convolution of 576 terms a sum, more than PyTorch adds one after another; what it writes of 6 px."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64 * groups, 24 * groups, 3, groups=groups, bias=False)
+    graph = traced(nn.Conv2d(3, 64 * groups, 1), layer, side=6)
+    last = graph.operators[-1]
+    return last, graph.shapes[last.name]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_sum_that_overflows_leaves_the_others_as_they_are(groups: int) -> None:
+    layer, shape = long_sums(groups)
+    layer.constant()[2, :8] = 3e38
+    images = torch.rand(2, 64 * groups, 6, 6) + 0.5
+    found = multiplied(layer, images, shape=shape)
+    expected = torch.conv2d(images.double(), layer.constant().double(), groups=groups).float()
+
+    assert (expected[:, 2] == torch.inf).all()
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_products_of_matrices_stay_on_the_device_of_the_weights() -> None:
+    layer, shape = long_sums(1)
+    moved = replace(layer, weight=layer.constant().to("meta"))
+    assert multiplied(moved, torch.empty(2, 64, 6, 6, device="meta"), shape=shape).shape == (2, *shape[1:])
