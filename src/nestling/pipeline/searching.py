@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -46,6 +47,8 @@ from nestling.search import (
 )
 from nestling.space import Arch
 
+_SETTINGS = re.compile(r" \(settings \d+\)")
+"""What the worker says of its settings in the name of a runtime."""
 REUSED = {"top1_partial": 0.0, "top1_reused": 1.0}
 """What the metrics say of a candidate whose accuracy is that of another run."""
 
@@ -117,7 +120,7 @@ def _search(bench: Workbench, place: Place, listener: Listener) -> SearchResult:
     scoring.trials = so_far.trials
     return search(
         problem(bench),
-        _evaluation(bench, place, scoring, known.metrics),
+        _evaluation(bench, place, scoring, known.metrics, note=listener.note),
         storage=place.storage,
         name=place.name,
         trials=config.trials,
@@ -198,7 +201,12 @@ def _telling(
 
 
 def _evaluation(
-    bench: Workbench, place: Place, scoring: Scoring, known: Mapping[Arch, Metrics]
+    bench: Workbench,
+    place: Place,
+    scoring: Scoring,
+    known: Mapping[Arch, Metrics],
+    *,
+    note: Callable[[str], None],
 ) -> Callable[[Arch], Metrics]:
     """What gives the metrics of an arch; files and measurements are the run's.
 
@@ -223,6 +231,8 @@ def _evaluation(
             measurement = measure(bench.device, path)
             if not reference:
                 reference.update(_reference(bench, place, measurement))
+                if (told := _other_settings(bench, reference, measurement)) is not None:
+                    note(told)
             metrics |= latency_metrics(measurement, reference_ms=float(reference["latency_ms"]))
         if arch in known:
             return {**metrics, **known[arch], **REUSED}
@@ -274,6 +284,8 @@ def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Li
 def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:
     """The reference model on the run's device, as the first measurement of all processes found it.
 
+    Other settings of the same runtime are no other device: a run that began with them goes on.
+
     Raises:
         RunError: the run was measured on another device or runtime.
     """
@@ -287,7 +299,7 @@ def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict
     known: dict[str, Any] = json.loads(
         agree(problem(bench), "reference", mine, storage=place.storage, name=place.name)
     )
-    if known["key"] != fingerprint.key:
+    if _without_settings(known["fingerprint"]) != _without_settings(asdict(fingerprint)):
         raise RunError(
             f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
             f"this one ({fingerprint}); their latencies do not compare: search in a new run"
@@ -295,6 +307,24 @@ def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict
     if bench.run.read_json(REFERENCE) != known:
         bench.run.write_json(REFERENCE, known)
     return known
+
+
+def _other_settings(bench: Workbench, reference: Mapping[str, Any], taken: Measurement) -> str | None:
+    """What there is to say where candidates of before were timed with other settings of the runtime."""
+    if reference["key"] == taken.fingerprint.key:
+        return None
+    return (
+        "candidates of before were timed with other settings of the runtime "
+        f"({reference['fingerprint']['runtime']}) than those of now ({taken.fingerprint.runtime}), by which "
+        f"files in some precisions run otherwise; `nestling search NEW --from {bench.run.folder}` times all "
+        "alike"
+    )
+
+
+def _without_settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `fingerprint` in the types of JSON, its runtime without the worker's settings of it."""
+    told: dict[str, Any] = json.loads(json.dumps(fingerprint))
+    return told | {"runtime": _SETTINGS.sub("", told["runtime"])}
 
 
 def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:

@@ -46,7 +46,7 @@ class Fingerprint:
     cores: int
     platform: str
     runtime: str
-    """The runtime with its version: `onnxruntime 1.31.1`."""
+    """The runtime with its version, and the worker's settings of it: `onnxruntime 1.31.1 (settings 2)`."""
     reference: str
     """The first twelve hexadecimal digits of the reference model's SHA-256."""
     int8_saturates: bool

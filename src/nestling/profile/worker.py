@@ -763,6 +763,10 @@ class OrtSession:
         return lambda: run(None, feed)
 
 
+SETTINGS = 2
+"""Of the options of ONNX Runtime's sessions: what was measured with others is measured anew."""
+
+
 class OrtRuntime:
     """ONNX Runtime with one execution provider, `target`; the CPU helps out where it may."""
 
@@ -774,7 +778,8 @@ class OrtRuntime:
             raise RefusalError(f"ort:{target} needs the package {needed}; pip install {needed}") from None
 
         self.threads, self.allow_fallback = threads, allow_fallback
-        self.name, self.provider = f"onnxruntime {onnxruntime.__version__}", PROVIDERS[target]
+        self.name = f"onnxruntime {onnxruntime.__version__} (settings {SETTINGS})"
+        self.provider = PROVIDERS[target]
         self.present: list[str] = onnxruntime.get_available_providers()
         self.plugged: list[Any] = []
         if self.provider in self.present:
@@ -853,6 +858,7 @@ class OrtRuntime:
         """An InferenceSession, which carries no types."""
         import onnxruntime
 
+        # SETTINGS names these options in fingerprints: raise it with every change of how a model is run.
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3

@@ -16,8 +16,9 @@ from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
 from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
+from nestling.profile import Fingerprint, Measurement
 from nestling.quant import QuantPolicy, Unquantizable
-from nestling.run import Run
+from nestling.run import Run, RunError
 from nestling.search import EvaluationFailed, SearchResult, search
 from nestling.search.database import Database
 from nestling.search.lost import RETRIES
@@ -38,7 +39,9 @@ def _evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, *, precision: str, 
     monkeypatch.setattr(racing, "score", lambda *_, **__: Accuracy(30, 60))
     monkeypatch.setattr(searching, "cost_metrics", lambda *_: {"mmacs": 1.0})
     monkeypatch.setattr(searching, "measure", lambda *_: pytest.fail("timed"))
-    return _evaluation(bench, study_place(bench), racing.Scoring(bench), {})(bench.given_space.smallest)
+    return _evaluation(bench, study_place(bench), racing.Scoring(bench), {}, note=pytest.fail)(
+        bench.given_space.smallest
+    )
 
 
 def test_a_precision_for_research_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +128,38 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     assert found.trials[0].metrics["latency_ms"] == 6.0
     assert found.trials == searched(bench).trials
     assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1 ms"]
+
+
+def _timed_by(runtime: str) -> Measurement:
+    fingerprint = Fingerprint("ort:cpu?threads=1", "A CPU", ("avx2",), 1, "Linux", runtime, "0" * 12, False)
+    return Measurement(fingerprint, (0.002,) * 40, (0.001,) * 40, 0.1, 0.1)
+
+
+BEFORE = "onnxruntime 1.0"
+
+
+@pytest.mark.parametrize("before", [BEFORE, f"{BEFORE} (settings 1)"])
+def test_a_search_begun_with_other_settings_of_its_runtime_goes_on_and_is_told(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    vars(bench)["device"] = None
+    candidate = SimpleNamespace(policy=QuantPolicy(), resolution=8)
+    monkeypatch.setattr(searching, "write_candidate", lambda *_: candidate)
+    monkeypatch.setattr(searching, "cost_metrics", lambda *_: {})
+    told: list[str] = []
+
+    def latency(runtime: str) -> float:
+        monkeypatch.setattr(searching, "measure", lambda *_: _timed_by(runtime))
+        scoring: Any = lambda *_, costs, **__: costs  # noqa: E731
+        evaluate = _evaluation(bench, study_place(bench), scoring, {}, note=told.append)
+        assert evaluate(bench.given_space.smallest) == evaluate(bench.given_space.smallest)
+        return evaluate(bench.given_space.smallest)["latency_ms"]
+
+    assert latency(before) == latency(before) == pytest.approx(2.0)
+    assert told == []
+    assert latency(f"{BEFORE} (settings 2)") == pytest.approx(2.0)
+    [note] = told
+    assert f"({before}) than those of now ({BEFORE} (settings 2))" in note
+    with pytest.raises(RunError, match="another device or runtime"):
+        latency("onnxruntime 1.1 (settings 2)")

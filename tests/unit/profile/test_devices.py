@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -30,10 +31,12 @@ from nestling.profile import (
 from nestling.profile.address import parse_address
 from nestling.profile.devices import transport_to
 from nestling.profile.quiet import QuietTimes
+from nestling.profile.reference import reference_model
 from nestling.profile.transport import Answer
 from nestling.profile.transport_adb import AdbProcess
 from nestling.profile.transport_local import LocalProcess
 from nestling.profile.transport_ssh import SshProcess
+from nestling.profile.worker import SETTINGS, OrtRuntime
 
 Model = Callable[[int | str], onnx.ModelProto]
 Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -264,7 +267,29 @@ def test_a_real_file_is_measured(cpu: WorkerDevice, tiny: Path) -> None:
     assert 0 < taken.ratio < 1
     assert taken.device == "ort:cpu?threads=1"
     assert min(taken.load_seconds, taken.first_seconds) > 0
-    assert taken.fingerprint.runtime.startswith("onnxruntime ")
+    assert taken.fingerprint.runtime == f"onnxruntime {onnxruntime.__version__} (settings {SETTINGS})"
+
+
+def test_what_is_set_for_every_session_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: dict[str, str] = {}
+
+    class Noting(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            entries[key] = value
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Noting)
+    OrtRuntime("cpu", 1).open(reference_model(), with_nodes=False)
+    # Whoever changes these raises SETTINGS: what was measured with others is another measurement.
+    assert (SETTINGS, entries) == (
+        2,
+        {
+            "session.load_model_format": "ONNX",
+            "optimization.disable_specified_optimizers": "WeightBiasQuantization",
+            "session.qdqisint8allowed": "1",
+            "session.force_spinning_stop": "1",
+        },
+    )
 
 
 def test_a_bigger_network_has_the_bigger_ratio(cpu: WorkerDevice, tiny: Path, tmp_path: Path) -> None:
