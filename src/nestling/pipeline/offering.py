@@ -14,10 +14,11 @@ from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision, kept_choices
 from nestling.pipeline.precisions import probe, usable
-from nestling.pipeline.probes import WEIGHTED, kind_of
+from nestling.pipeline.probes import WEIGHTED
 from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
 from nestling.quant import PRECISIONS, covers
+from nestling.quant.layers import convolution_kind
 from nestling.space import SearchSpace, Value
 
 
@@ -167,7 +168,7 @@ def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dic
         if isinstance(module, nn.Linear):
             kinds[layer] = "Gemm"
         elif isinstance(module, nn.Conv2d):
-            kinds[layer] = kind_of("Conv", module.groups)
+            kinds[layer] = convolution_kind(groups=module.groups, inputs=module.weight.shape[1])
     found = {}
     for choice in choices:
         prefixes = bench.family.layers(choice.removesuffix(".precision"))

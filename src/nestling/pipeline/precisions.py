@@ -19,7 +19,7 @@ from nestling.profile import Device, DeviceError, Kernel, MeasurementStore
 from nestling.profile.turns import turn
 from nestling.quant import PRECISIONS, Precision, Quantized, QuantPolicy, quantize
 
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 """Of the probes and of what is concluded from them: a later one finds everything out anew."""
 COMPARED_IMAGES = 4
 LARGEST_ERROR = 0.03

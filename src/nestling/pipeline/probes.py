@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
+from nestling.quant.layers import kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Probe:
     What has no weights lies after a convolution, where a runtime finds integers.
 
     Attributes:
-        kind: the ONNX operator type; of convolutions with a group for each channel `depthwise Conv`.
+        kind: as `nestling.quant.layers` names it: `Conv`, `depthwise Conv`, or another ONNX operator type.
         build: the network for so many channels and so many of the operator, one after another.
         small: channels and resolution of the one whose result is compared.
         large: those of the one that is timed: a layer of a usual size.
@@ -51,16 +52,7 @@ class Probe:
 
     def subjects(self, graph: Graph) -> frozenset[str]:
         """The names of the operators of `graph` that are of this kind."""
-        return frozenset(
-            operator.name
-            for operator in graph.operators
-            if kind_of(operator.kind, operator.attributes.get("group", 1)) == self.kind
-        )
-
-
-def kind_of(operator: str, group: object) -> str:
-    """The probes' word for an operator: `operator`, or `depthwise Conv` for a convolution with groups."""
-    return "depthwise Conv" if operator == "Conv" and group != 1 else operator
+        return frozenset(operator.name for operator in graph.operators if kind_of(operator) == self.kind)
 
 
 def _convolutions(channels: int, repeats: int) -> nn.Module:
@@ -68,10 +60,15 @@ def _convolutions(channels: int, repeats: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def _depthwise(channels: int, repeats: int) -> nn.Module:
-    first = _high(nn.Conv2d(3, channels, 1))
-    layers = [_high(nn.Conv2d(channels, channels, 3, padding=1, groups=channels)) for _ in range(repeats)]
-    return nn.Sequential(first, *layers, nn.Flatten())
+def _in_groups(inputs: Callable[[int], int]) -> Callable[[int, int], nn.Module]:
+    """Convolutions of which each group reads `inputs(channels)` channels."""
+
+    def build(channels: int, repeats: int) -> nn.Module:
+        first, groups = _high(nn.Conv2d(3, channels, 1)), channels // inputs(channels)
+        layers = (_high(nn.Conv2d(channels, channels, 3, padding=1, groups=groups)) for _ in range(repeats))
+        return nn.Sequential(first, *layers, nn.Flatten())
+
+    return build
 
 
 def _pools(pool: Callable[[], nn.Module]) -> Callable[[int, int], nn.Module]:
@@ -130,7 +127,9 @@ def _normalized(tensor: Tensor, _: Tensor) -> Tensor:
 
 _PROBES = (
     Probe("Conv", _convolutions, small=(16, 8), large=(64, 28), repeats=3, weighted=True),
-    Probe("depthwise Conv", _depthwise, small=(16, 8), large=(96, 28), repeats=4, weighted=True),
+    Probe("depthwise Conv", _in_groups(lambda _: 1), (16, 8), (96, 28), repeats=4, weighted=True),
+    # of ResNeXts and RegNets, which have 8 to 64 channels a group
+    Probe("grouped Conv", _in_groups(lambda all: all // 8), (64, 8), (128, 28), repeats=3, weighted=True),
     Probe("Gemm", _Linears, small=(16, 16), large=(192, 192), repeats=2, weighted=True),
     Probe("MatMul", _products, large=(3, 96), repeats=3),
     Probe("Add", _steps(lambda tensor, first: tensor + first), (16, 8), (64, 56)),

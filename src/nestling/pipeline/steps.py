@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 
 from nestling.models.graph import Graph, Operator
-from nestling.pipeline.probes import kind_of
 from nestling.profile import Step
 from nestling.quant import Precision, QuantPolicy
-from nestling.quant.layers import bits
+from nestling.quant.layers import bits, kind_of
 
 
 def steps(graph: Graph, policy: QuantPolicy) -> tuple[Step, ...]:
@@ -58,7 +57,7 @@ def _signature(operators: Sequence[Operator], graph: Graph, policy: QuantPolicy)
 
 
 def _kind(operator: Operator) -> str:
-    kind = kind_of(operator.kind, operator.attributes.get("group", 1))
+    kind = kind_of(operator)
     if operator.weight is None or operator.kind not in ("Conv", "ConvTranspose"):
         return kind
     return f"{kind} {'x'.join(map(str, operator.weight.shape[2:]))}"

@@ -57,7 +57,7 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
         found.append(
             Layer(
                 name=operator.layer,
-                kind=_kind(operator),
+                kind=kind_of(operator),
                 precision=precision.name,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
@@ -88,7 +88,20 @@ def _code_bits(code: Format | Code) -> float:
     return float(code.bits)
 
 
-def _kind(operator: Operator) -> str:
-    if operator.kind != "Conv" or operator.integer("group") == 1:
+def kind_of(operator: Operator) -> str:
+    """The word for an operator: its ONNX type, of convolutions in groups the one of `convolution_kind`."""
+    if operator.kind != "Conv" or operator.weight is None:
         return operator.kind
-    return "depthwise Conv" if operator.constant().shape[1] == 1 else "grouped Conv"
+    return convolution_kind(groups=operator.integer("group"), inputs=operator.weight.shape[1])
+
+
+def convolution_kind(*, groups: int, inputs: int) -> str:
+    """`Conv`, `depthwise Conv` or `grouped Conv`: runtimes have kernels of their own for each.
+
+    Args:
+        groups: of its channels.
+        inputs: the channels that each group reads.
+    """
+    if groups == 1:
+        return "Conv"
+    return "depthwise Conv" if inputs == 1 else "grouped Conv"

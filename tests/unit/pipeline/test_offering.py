@@ -97,6 +97,16 @@ def test_the_kinds_of_layers_of_each_choice_are_those_of_the_largest_network(ben
     assert "Gemm" in kinds["head.precision"]
 
 
+def test_a_convolution_in_groups_of_several_channels_is_no_depthwise_one(bench: Workbench) -> None:
+    def build(_: object) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 32, 3, groups=16)
+        )
+
+    vars(bench)["family"] = replace(bench.family, build=build, layers=lambda _: ("1",))
+    assert layer_kinds(bench, bench.given_space, ["s1.precision"])["s1.precision"] == {"grouped Conv"}
+
+
 def test_choices_whose_layers_are_all_kept_have_that_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nestling.pipeline import precisions as table
 from nestling.pipeline.precisions import Finding, probe, usable
-from nestling.pipeline.probes import PROBES
+from nestling.pipeline.probes import PROBES, WEIGHTED
 from nestling.profile import (
     DeviceError,
     Fingerprint,
@@ -65,6 +65,7 @@ def _probe(device: Any, kind: str, **options: Any) -> Finding:
     ("kind", "kernel"),
     [
         ("Conv", "QLinearConv of uint8"),
+        ("grouped Conv", "QLinearConv of uint8"),
         ("Gemm", "QGemm of uint8"),
         ("MaxPool", "MaxPool of uint8"),
         ("Add", "QLinearAdd of uint8"),
@@ -175,6 +176,14 @@ def test_a_precision_that_would_all_be_computed_in_floats_is_dropped() -> None:
 def test_every_probe_has_the_operator_that_it_is_for() -> None:
     for found in PROBES.values():
         assert found.subjects(found.graph(timed=False)), found.kind
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_groups_of_a_grouped_convolution_have_many_channels(timed: bool) -> None:
+    graph = PROBES["grouped Conv"].graph(timed=timed)
+    shapes = [operator.constant().shape for operator in graph.operators if operator.weight is not None]
+    assert {shape[1] for shape in shapes[1:]} == ({16} if timed else {8})
+    assert "grouped Conv" in WEIGHTED
 
 
 def test_a_probe_leaves_the_random_numbers_of_others_alone() -> None:
