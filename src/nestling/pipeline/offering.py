@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,14 +14,20 @@ from nestling.config import ConfigError
 from nestling.models.building import build_shapes
 from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.listening import Listener
-from nestling.pipeline.policies import is_precision, kept_choices
+from nestling.pipeline.policies import is_precision, kept_choices, quant_policy
 from nestling.pipeline.precisions import probe, usable
 from nestling.pipeline.probes import WEIGHTED
 from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
-from nestling.quant import PRECISIONS, covers
+from nestling.quant import PRECISIONS, Unquantizable, covers
 from nestling.quant.layers import convolution_kind
+from nestling.quant.regions import activation_formats, is_integer
 from nestling.space import SearchSpace, Value
+
+DRAWN_MIXES = 64
+"""Mixes of precisions that are tried where signed activations may come beside unsigned ones."""
+MOST_MIXED = 0.95
+"""The part of them that may fail: with more, a search would find next to nothing."""
 
 
 def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
@@ -30,9 +38,9 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     `quant.keep` keeps every layer decides nothing: it gets the precision that these are kept in.
 
     Raises:
-        ConfigError: a choice of which no precision is left, an unknown precision, precisions of signed beside
-            those of unsigned activations, or kept layers that there are not or whose precision the device
-            cannot use.
+        ConfigError: a choice of which no precision is left, an unknown precision, precisions of which nearly
+            every mix puts signed beside unsigned activations, or kept layers that there are not or whose
+            precision the device cannot use.
         DeviceError: the device cannot be had.
     """
     if bench.run.space_file.exists():
@@ -47,7 +55,6 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     unknown = [name for name in names if name not in PRECISIONS]
     if unknown:
         raise ConfigError(f"unknown precision {unknown[0]!r}; known: {', '.join(PRECISIONS)}")
-    _refuse_mixed_signs({**asked, **{f"quant.keep.{named}": (kept,) for named, kept in keep.items()}})
     if all(name == "fp32" for name in names):
         if kept_to:
             bench.run.write_json(OFFERED, {"kept": kept_to})
@@ -79,31 +86,41 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
             )
         if gone:
             offered[name], dropped[name] = list(kept), gone
+    left: dict[str, Sequence[Value]] = {**asked, **{name: (kept,) for name, kept in kept_to.items()}}
+    warning = _mixed_signs(bench, space, {**left, **offered})
+    if warning is not None:
+        listener.note(warning)
     _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
 
 
-def _refuse_mixed_signs(asked: Mapping[str, Sequence[Value]]) -> None:
-    """Refuses signed activations for some layers beside unsigned ones for others.
+def _mixed_signs(bench: Workbench, space: SearchSpace, left: Mapping[str, Sequence[Value]]) -> str | None:
+    """What to say of mixes of the precisions that are `left` of which no file is made; None where all can be.
 
-    No runtime has a kernel between them, so that a layer at the border would be computed in floats.
+    Of signed activations beside unsigned ones, that is; mixes of the largest network's are drawn and tried.
 
     Raises:
-        ConfigError: two choices, or a choice and kept layers, that may differ in sign are named.
+        ConfigError: nearly all mixes are such.
     """
-    named: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for where, values in asked.items():
-        for value in map(str, values):
-            format = PRECISIONS[value].activation
-            if format is not None:
-                named[format.signed].append((where, value))
-    for signed, signed_value in named[True]:
-        for unsigned, unsigned_value in named[False]:
-            if signed != unsigned:
-                raise ConfigError(
-                    f"{signed} has {signed_value!r}, of signed activations, and {unsigned} "
-                    f"{unsigned_value!r}, of unsigned ones, and no runtime has a kernel between "
-                    "them; keep to one of the two"
-                )
+    keep = bench.config.quant.keep
+    formats = (PRECISIONS[str(value)].activation for value in chain(*left.values(), keep.values()))
+    if len({format.signed for format in formats if format is not None}) < 2:
+        return None
+    graph, largest = _largest_graph(bench, space), bench.fitted(space).largest
+    rng, failed, why = random.Random(bench.config.seed), 0, ""
+    for _ in range(DRAWN_MIXES):
+        mix = {name: rng.choice(values) for name, values in left.items()}
+        policy = quant_policy(bench.family, {**largest, **mix}, graph, keep=keep)
+        integer = [operator for operator in graph.operators if is_integer(operator, policy)]
+        try:
+            activation_formats(graph, integer, policy)
+        except Unquantizable as error:
+            failed, why = failed + 1, why or str(error)
+    if not failed:
+        return None
+    told = f"{failed} of {DRAWN_MIXES} drawn mixes of precisions cannot be had: {why}"
+    if failed > MOST_MIXED * DRAWN_MIXES:
+        raise ConfigError(f"{told}; offer signed or unsigned activations, not both")
+    return f"{told}. Such candidates fail, and the search goes on without them"
 
 
 def _settle(

@@ -46,7 +46,8 @@ def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolic
     reads it on integers, the operator that writes it.
 
     Raises:
-        Unquantizable: an operator between signed and unsigned integers, for which there is no kernel.
+        Unquantizable: an operator between signed and unsigned integers: ONNX Runtime's CPU provider has no
+            kernel for it, and the simulation, which is made after that, no rule.
     """
     readers = graph.readers()
     followed = _runs_on_integers(graph, integer)
@@ -91,8 +92,9 @@ def _refuse_mixed_signs(
         if signed and unsigned:
             raise Unquantizable(
                 f"{operator.layer} ({policy.precision(operator.layer).name}) would be between signed "
-                f"integers, {signed[0]}, and unsigned ones, {unsigned[0]}, and no runtime has a kernel for "
-                "that; give its neighbours its precision, or one in floats"
+                f"integers, {signed[0]}, and unsigned ones, {unsigned[0]}, for which ONNX Runtime's CPU "
+                "provider, after which files are simulated, has no kernel; give its neighbours its "
+                "precision, or one in floats"
             )
 
 

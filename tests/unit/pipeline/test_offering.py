@@ -180,17 +180,74 @@ def test_of_networks_that_cannot_be_traced_no_layer_is_kept_in_few_bits(tmp_path
         offer_precisions(bench, listener=Silent())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (['quant.keep={first = "w8a8-signed"}'], r"quant.keep.first has 'w8a8-signed'.*precision 'w8a8'"),
-        (['quant.keep={first = "w8a8-signed", last = "w4a4"}'], "quant.keep.first has 'w8a8-signed'"),
-    ],
-)
-def test_signed_activations_beside_unsigned_ones_are_refused(
-    overrides: list[str], said: str, tmp_path: Path
+def _offering(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    stem: list[str],
+    s1: list[str],
+    head: list[str],
+    refused: tuple[str, ...] = (),
+) -> tuple[Workbench, list[str]]:
+    """The run after its precisions were settled on a device that refuses only `refused`, and the notes."""
+    executed = [Finding("w8a8", kind, "executed", "so", 0.0) for kind in ("Conv", "depthwise Conv", "Gemm")]
+    findings = [*executed, *(Finding(name, "Conv", "refused", "so") for name in refused)]
+    monkeypatch.setattr(offering, "probe", lambda *_, **__: tuple(findings))
+    bench = Workbench(Run.create(folder, load_config(TESTS / "toy.toml")))
+    values = {"stem.precision": stem, "s1.precision": s1, "head.precision": head}
+    space = load_space(TESTS / "toy_space.toml")
+    choices = tuple(
+        replace(choice, values=tuple(values[choice.name])) if choice.name in values else choice
+        for choice in space.choices
+    )
+    vars(bench).update(device=NoDevice(), _bare_space=replace(space, choices=choices))
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    return bench, listener.notes
+
+
+SIGNED, UNSIGNED, BOTH = ["w8a8-signed", "fp32"], ["w8a8", "fp32"], ["w8a8", "w8a8-signed", "fp32"]
+
+
+def test_signed_beside_unsigned_activations_are_told_where_some_mixes_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml", overrides=overrides)))
+    bench, [note] = _offering(tmp_path / "run", monkeypatch, stem=BOTH, s1=BOTH, head=BOTH)
+    failed = int(note.partition(" of 64")[0])
+    assert 16 < failed < 60  # 12 of 27 keep to a sign, and fp32 between may part them
+    assert "would be between signed integers" in note
+    assert bench.fitted(bench.given_space).by_name["s1.precision"].values == tuple(BOTH)
+
+
+def test_signed_and_unsigned_activations_with_floats_between_are_no_news(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _offering(tmp_path / "run", monkeypatch, stem=SIGNED, s1=["fp32"], head=UNSIGNED)[1] == []
+
+
+def test_a_space_of_which_every_mix_puts_signed_beside_unsigned_activations_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"64 of 64 drawn mixes .* offer signed or unsigned activations"):
+        _offering(tmp_path / "run", monkeypatch, stem=["w8a8-signed"], s1=["w8a8"], head=UNSIGNED)
+
+
+def test_a_precision_that_the_device_drops_is_beside_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, [note] = _offering(
+        tmp_path / "run", monkeypatch, stem=BOTH, s1=BOTH, head=UNSIGNED, refused=("w8a8-signed",)
+    )
+    assert bench.fitted(bench.given_space).by_name["stem.precision"].values == tuple(UNSIGNED)
+    assert note.startswith("dropped w8a8-signed from stem.precision, s1.precision")
+
+
+def test_a_kept_precision_of_the_other_sign_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refusing(monkeypatch)
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep={first = "w8a8-signed"}'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
     vars(bench)["device"] = NoDevice()
-    with pytest.raises(ConfigError, match=said):
-        offer_precisions(bench, listener=Silent())
+    listener = Notes()
+    offer_precisions(bench, listener=listener)
+    [note] = listener.notes
+    assert "cannot be had: " in note
