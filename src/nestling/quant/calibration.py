@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Literal
@@ -22,6 +22,10 @@ Cost = Callable[[Tensor, Tensor], Tensor]
 
 _NARROWEST = 2.0**-7
 """The narrowest part of what was seen that is tried on either side of zero."""
+_TRIED_PARTS = 46
+"""Parts of a row's largest number that are tried for its range."""
+_HELD, _HELD_ELSEWHERE = 2**18, 2**25
+"""Numbers that are looked at in one go: as many as a core's cache holds, and as keep a GPU busy."""
 _TRIED, _TRIED_PAIRS, _TRIED_AGAIN, _ROUNDS = 96, 12, 9, 3
 
 
@@ -186,12 +190,32 @@ def largest_of_rows(rows: Tensor, levels: int, *, method: WeightMethod = "minmax
     whole = rows.abs().amax(1)
     if method == "minmax":
         return whole
+    ratios = torch.linspace(1.0, 0.1, _TRIED_PARTS).tolist()
+    together = _HELD if rows.device.type == "cpu" else _HELD_ELSEWHERE
+    at_a_time = max(1, together // (len(ratios) * rows.shape[1]))
+    parts = zip(torch.split(rows, at_a_time), torch.split(whole, at_a_time), strict=True)
+    return torch.cat([_least_of_rows(part, wide, levels, ratios, together) for part, wide in parts])
+
+
+def _least_of_rows(
+    rows: Tensor, whole: Tensor, levels: int, ratios: Sequence[float], together: int
+) -> Tensor:
+    """The parts of `whole`, (R,), by one of `ratios` each, with which the error of `rows` (R, K) is least.
+
+    Of equals it is the first. `together` numbers are looked at in one go, as far as a row allows: a loop over
+    the ratios would take ten operators for each, which for most layers is all of the time.
+    """
     best, least = whole, torch.full_like(whole, torch.inf)
-    for ratio in torch.linspace(1.0, 0.1, 46).tolist():
-        scale = torch.where(whole > 0, whole * ratio / levels, 1.0)[:, None]
-        error = (rows / scale).round_().clamp_(-levels, levels).mul_(scale).sub_(rows).square_().sum(1)
-        best = torch.where(error < least, whole * ratio, best)
-        least = torch.minimum(error, least)
+    count = max(1, together // max(1, rows.numel()))
+    for begin in range(0, len(ratios), count):
+        tried = torch.tensor(ratios[begin : begin + count], device=rows.device)[:, None] * whole
+        scale = torch.where(whole > 0, tried / levels, 1.0)[:, :, None]
+        error = (rows / scale).round_().clamp_(-levels, levels).mul_(scale).sub_(rows).square_().sum(2)
+        here = error.amin(0)
+        places = torch.arange(len(tried), device=rows.device)[:, None].expand_as(error)
+        first = torch.where(error == here, places, len(tried) - 1).amin(0)
+        best = torch.where(here < least, tried.gather(0, first[None])[0], best)
+        least = torch.minimum(here, least)
     return best
 
 

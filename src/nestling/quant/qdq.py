@@ -159,7 +159,7 @@ def _dequantize(
     """The node that writes `output`; its scale and zero point, called after `stem`, are added to `stored`."""
     scale = _store(constant_of(f"{stem}.scale", found.scale.numpy().astype(np.float32)), stored)
     zero_points = found.zero_point.numpy().astype(found.stored)
-    # How large a file is depends on shapes alone: only what is always zero is shared.
+    # Only what is always zero is shared: of layers on integers, the file's size depends on shapes alone.
     symmetric = found.axis is not None and not found.dtype.startswith("u")
     held = zeros(zero_points) if symmetric else constant_of(f"{stem}.zero_point", zero_points)
     operands = [integers, scale, _store(held, stored)]

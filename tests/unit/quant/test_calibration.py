@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 from torch import Tensor
 
+from nestling.quant import calibration
 from nestling.quant.calibration import METHODS, Method, entropy, largest_of_rows, moving, mse, percentile
 from nestling.quant.formats import Format
 from nestling.quant.statistics import HALF, Bounds, Histogram, histogram
@@ -183,6 +184,20 @@ def test_clipped_weights_have_the_least_error_of_each_row() -> None:
                 return float(((row / scale).round().clamp(-levels, levels) * scale - row).square().sum())
 
             assert error(largest) <= 1.02 * min(error(whole * part) for part in np.linspace(0.2, 1, 40))
+
+
+@pytest.mark.parametrize("held", [1, 46 * 50, 46 * 50 * 3, 2**20])
+def test_how_much_is_looked_at_in_one_go_changes_no_range(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = numbers("heavy", 350).reshape(7, 50)
+    rows[2] = 0
+    whole = rows.abs().amax(1)
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for ratio in torch.linspace(1.0, 0.1, 46).tolist():
+        scale = torch.where(whole > 0, whole * ratio / 7, 1.0)[:, None]
+        error = ((rows / scale).round().clamp(-7, 7) * scale - rows).square().sum(1)
+        best, least = torch.where(error < least, whole * ratio, best), torch.minimum(error, least)
+    monkeypatch.setattr(calibration, "_HELD", held)
+    assert torch.equal(largest_of_rows(rows, 7, method="mse"), best)
 
 
 def test_weights_span_all_unless_asked() -> None:
