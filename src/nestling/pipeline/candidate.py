@@ -134,8 +134,16 @@ class Candidate:
         return (HALF_TOLERANCE if halves else FP32_TOLERANCE), None
 
     @property
+    def size_bytes(self) -> int:
+        """Of the file; of a network in precisions for research, which no file holds in as few bits, that of a
+        file that did: the weights of such layers count as their format packs them.
+        """
+        size = self.path.stat().st_size
+        return size - _not_packed(self) if self.policy.simulated else size
+
+    @property
     def weight_bytes(self) -> int:
-        """What weights, biases and scales need at their precisions, also at those that no file holds."""
+        """What weights, biases and scales need of `size_bytes`: the rest are the file's nodes and names."""
         if self.graph is None:
             return 4 * self.cost.params
         return math.ceil(weight_bits(self.graph, self.policy) / 8)
@@ -450,16 +458,9 @@ def candidate_metrics(candidate: Candidate, accuracy: Accuracy) -> dict[str, flo
 
 
 def cost_metrics(candidate: Candidate) -> dict[str, float]:
-    """The metrics that a search weighs and that are exact.
-
-    The size is that of the file; of a network in precisions for research, which no file holds in as few bits,
-    that of a file that did: the weights of such layers count as their format packs them.
-    """
-    size = candidate.path.stat().st_size
-    if candidate.policy.simulated:
-        size -= _not_packed(candidate)
+    """The metrics that a search weighs and that are exact."""
     return {
-        "size_mb": size / BYTES_PER_MB,
+        "size_mb": candidate.size_bytes / BYTES_PER_MB,
         "mmacs": candidate.cost.macs / 1e6,
         "peak_mb": candidate.peak_bytes / BYTES_PER_MB,
     }

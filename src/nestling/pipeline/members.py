@@ -155,7 +155,7 @@ def hand_over(
         else asdict(measurement.elsewhere),
         "simulated": list(candidate.policy.simulated),
         "device": bench.device.name,
-        "size_bytes": path.stat().st_size,
+        "size_bytes": candidate.size_bytes,
         "weight_bytes": candidate.weight_bytes,
         "mmacs": candidate.cost.macs / 1e6,
         "params": candidate.cost.params,

@@ -12,7 +12,8 @@ def weight_bits(graph: Graph, policy: QuantPolicy) -> int:
 
     Weights of convolutions and linear layers count as their format packs them, with scales, zero points and
     lists of codes. Biases have 32 bits, in 16-bit layers 16; so have the constants of all other operators.
-    That is without the file's nodes and names: what a search weighs, and a report tells, is the file's size.
+    That is without the file's nodes and names. The size that a search weighs, and a report tells, is the
+    file's, its weights packed as here.
     """
     total = 0
     for operator in graph.operators:

@@ -216,6 +216,8 @@ def test_a_size_for_research_is_that_of_a_file_with_constants_of_few_bits(bench:
     sizes = {}
     for name in ("w8a8", "w4a8", "w2a8"):
         sizes[name] = cost_metrics(replace(exact, policy=QuantPolicy((("", name),))))["size_mb"] * 1e6
+    of_four_bits = replace(exact, policy=QuantPolicy((("", "w4a8"),)))
+    assert of_four_bits.size_bytes < exact.size_bytes == exact.path.stat().st_size
     of_two_bits = replace(exact, policy=QuantPolicy((("", "w2a8"),))).weight_bytes
     assert sizes["w8a8"] == exact.path.stat().st_size
     # the file's nodes and names count for all
