@@ -12,7 +12,6 @@ from pathlib import Path
 from nestling.run import RunError
 from nestling.train.distributed import Ranks
 
-
 _trained_here: set[tuple[int, Path]] = set()
 """The number of this process and a folder, of each training: record locks keep only other processes away."""
 

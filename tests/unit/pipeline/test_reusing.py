@@ -195,7 +195,7 @@ def test_of_what_is_known_only_latency_is_measured(other: Path, monkeypatch: pyt
     monkeypatch.setattr(searching, "measure", lambda *_: took)
     scoring: Any = lambda *_, **__: pytest.fail("scored")  # noqa: E731
     known = {arch: {"top1": 0.8, "size_mb": 0.1}}
-    metrics = searching._evaluation(bench, study_place(bench), scoring, known)(arch)
+    metrics = searching._evaluation(bench, study_place(bench), scoring, known, note=print)(arch)
     assert metrics["top1"] == 0.8
     assert metrics["latency_ms"] == pytest.approx(4.0)
     assert metrics["top1_reused"] == 1.0
