@@ -75,11 +75,17 @@ PLAIN = Path(__file__).with_name("plain_timing.py")
 
 @contextmanager
 def busy_core(core: int | None) -> Iterator[None]:
-    """A process that does nothing but keep `core` busy, for the time of the block; none where it is None."""
+    """A process that does nothing but keep `core` busy, for the time of the block; none where it is None.
+
+    It ends by itself where this one was killed.
+    """
     if core is None:
         yield
         return
-    program = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    program = (
+        f"import os\nos.sched_setaffinity(0, [{core}])\n"
+        f"while os.getppid() == {os.getpid()}:\n    for _ in range(1_000_000): pass"
+    )
     with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
             yield
