@@ -19,6 +19,8 @@ pipeline's own `write_candidate`, and then through the device's worker, as in a 
 The stages beside are told, but no part of a candidate's seconds: those who wait for them are. Every candidate
 is of another network; `again` tells the seconds of one whose network is kept, as it is for another policy.
 
+An arch that was measured while others kept the machine busy (see `thermometer.py`) is replaced by another.
+
 Claim: for once-for-all's space, all but recalibration takes at most 0.4 s at the median, on 2 cores.
 
 Beside it, once: the path by `torch.onnx.export` and `onnxruntime.quantization`, for one arch of that space.
@@ -39,6 +41,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +52,7 @@ from arch_switch import JUDGED, SPACES
 from lending_overhead import STAGES, ofa_space
 from quant_speed import by_runtime, calm
 from record import Benchmark, Figures, quartiles
+from thermometer import Thermometer
 
 from nestling.config import DataConfig, ProfileConfig, RunConfig, SearchConfig
 from nestling.export import official_export
@@ -211,6 +215,7 @@ def measure(options: argparse.Namespace) -> Figures:
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {}
     peers: dict[str, float] = {}
+    thermometer = Thermometer()
     print(
         " " * 28
         + "".join(f"{stage:>12}" for stage in ("without rec.", "with rec.", "again", *STAGES_IN_ORDER)),
@@ -223,7 +228,10 @@ def measure(options: argparse.Namespace) -> Figures:
             try:
                 path = Path(folder) / "candidate.onnx"
                 seconds_of_one(bench, rng, path)  # what is made once
-                rows = [seconds_of_one(bench, rng, path) for _ in range(options.archs)]
+                rows = [
+                    thermometer.quietly(partial(seconds_of_one, bench, rng, path))
+                    for _ in range(options.archs)
+                ]
                 if name == JUDGED and options.peers:
                     peers = peers_path(bench, rng, Path(folder))
             finally:
@@ -233,6 +241,7 @@ def measure(options: argparse.Namespace) -> Figures:
             "pixels": pixels,
             "seconds": {stage: [round(row.get(stage, 0.0), 5) for row in rows] for stage in STAGES_IN_ORDER},
             "again": [round(row["again"], 5) for row in rows],
+            "restless": [row["restless"] for row in rows],
         }
         whole = [round(seconds, 5) for seconds in totals(found[name], recalibrated=True)]
         found[name]["with_recalibration"] = whole

@@ -40,8 +40,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from typing import Any
 
 import numpy as np
 from record import Benchmark, Figures, Parts
+from thermometer import Thermometer
 from timm_files import NETWORKS, write_networks
 
 from nestling.profile import Device, compare_files, connect
@@ -65,11 +65,6 @@ MOST_FLAGGED = 0.05
 LEAST_LEFT = 3
 MOST_CLAIMS = 0.05
 MOST_UNSTABLE = 0.25
-QUIET = 1.15
-"""A core is quiet where a loop takes at most so many times its fastest time."""
-PATIENCE = 6
-"""Rounds on a machine that is not quiet, of one measurement, before the last of them counts."""
-PAUSE_SECONDS = 5.0
 PLAIN = Path(__file__).with_name("plain_timing.py")
 
 
@@ -91,46 +86,6 @@ def busy_core(core: int | None) -> Iterator[None]:
             yield
         finally:
             process.kill()
-
-
-class Thermometer:
-    """How busy others keep this machine's cores, as a loop in plain Python has it."""
-
-    def __init__(self) -> None:
-        self._fastest = float("inf")
-        self.slowness()
-
-    def slowness(self) -> float:
-        """How many times its fastest time the loop takes now, on the slower one of the cores."""
-        allowed, medians = os.sched_getaffinity(0), []
-        try:
-            for core in allowed:
-                os.sched_setaffinity(0, {core})
-                times = [self._loop() for _ in range(15)]
-                medians.append(statistics.median(times))
-                self._fastest = min(self._fastest, medians[-1])
-        finally:
-            os.sched_setaffinity(0, allowed)
-        return max(medians) / self._fastest
-
-    def quietly(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` gave while the machine was quiet; `restless` tells how often it was made in vain."""
-        for vain in range(PATIENCE):
-            for _ in range(PATIENCE):
-                if self.slowness() <= QUIET:
-                    break
-                time.sleep(PAUSE_SECONDS)
-            found = measure()
-            if self.slowness() <= QUIET:
-                return {**found, "restless": vain}
-        return {**found, "restless": PATIENCE}
-
-    @staticmethod
-    def _loop() -> float:
-        begun, total = time.perf_counter(), 0
-        for number in range(100_000):
-            total += number
-        return time.perf_counter() - begun
 
 
 def plain(*paths: Path, seconds: float, calls: int = 1) -> list[list[float]]:
