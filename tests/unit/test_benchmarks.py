@@ -531,6 +531,15 @@ def test_a_stopwatch_takes_nothing_off_a_stage_for_another_thread(
     assert watch.seconds == {"beside": 3.0, "here": 10.0}
 
 
+def test_figures_of_an_earlier_form_are_said_to_be_so(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = tmp_path / "figures.json"
+    stored.write_text(json.dumps({"figures": {}}))
+    assert load("predictor").main(["--stored", "--output", str(stored)]) == 1
+    assert "earlier form of this benchmark and lacks 'model_alone'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_never_stored_cannot_be_judged(
     name: str, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
