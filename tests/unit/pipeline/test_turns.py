@@ -16,14 +16,6 @@ from nestling.train.distributed import ALONE
 
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
-HOLDS = """
-import sys, fcntl, os
-file = os.open(sys.argv[1], os.O_RDWR)
-fcntl.flock(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
 
 def test_a_second_training_in_a_folder_is_refused_with_the_number_of_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "training"
