@@ -99,6 +99,7 @@ def connect(
     tolerance: float = 0.01,
     timeout_seconds: float = 120.0,
     store: MeasurementStore | None = None,
+    quiet: QuietTimes | None = None,
 ) -> WorkerDevice:
     """The device at `address`, ready to measure: its worker has been started and has said what it is.
 
@@ -109,6 +110,8 @@ def connect(
         tolerance: Half the 95 % interval of the ratio, as a part of it, at which a measurement ends early.
         timeout_seconds: The longest that one call of the device may take; after that its worker is killed.
         store: Where measurements are kept; a file found there is not timed again.
+        quiet: What devices take at their best; None: what all processes of the user know, from a file of
+            theirs (`nestling.profile.quiet.state_file`).
 
     Raises:
         DeviceError: an address that cannot be read, a runtime that is not installed, more threads than
@@ -123,7 +126,7 @@ def connect(
         tolerance=tolerance,
         timeout_seconds=timeout_seconds,
         store=store,
-        quiet=QuietTimes(),
+        quiet=QuietTimes() if quiet is None else quiet,
     )
     device.start()
     return device

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nestling.profile.worker import median_interval
+from nestling.profile.worker import SLOWED, median_interval
 
 WIDEST_INTERVAL = 0.05
 """A 95 % interval of the ratio that is wider than this fraction of it makes a measurement unstable."""
@@ -27,11 +27,6 @@ WIDEST_SLOWDOWN = 0.10
 """So does a clock that was slower at the end than at the beginning by more than this part."""
 MOST_STOLEN = 0.05
 """So does a part that the hypervisor gave to other machines."""
-MOST_SLOWED = 1.15
-"""So does a reference model that took more than so many times what it takes on the device at its best.
-
-On two threads of a core, one of them kept busy, it took 1.5 times as long, and other networks 1.25 to 1.5.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +71,8 @@ class Conditions:
     """Pairs of calls that other programs interrupted, and that are not among the times."""
     interrupted: float | None = None
     """The part of the pairs among the times that were interrupted: above 0 where few were not."""
+    slow_pairs: float | None = None
+    """Pairs of calls from when others slowed the device, and that are not among the times."""
     missed: float | None = None
     """Pairs that the least number of them lacks, because half of the time limit was gone."""
     stolen: float | None = None
@@ -139,6 +136,8 @@ class Measurement:
     conditions: Conditions = Conditions()
     elsewhere: Elsewhere | None = None
     """None where nothing was allowed to run elsewhere."""
+    machine: str = ""
+    """Twelve hexadecimal digits of the machine among those with this fingerprint; empty: it is not known."""
 
     def __post_init__(self) -> None:
         if not self.seconds or len(self.seconds) != len(self.reference_seconds):
@@ -221,7 +220,7 @@ class Measurement:
             reasons.append("there is only one time")
         elif drift > WIDEST_DRIFT:
             reasons.append(f"the reference model was {drift:.0%} slower in one half than in the other")
-        if told.slowed is not None and told.slowed > MOST_SLOWED:
+        if told.slowed is not None and told.slowed > SLOWED:
             reasons.append(
                 f"the reference model took {told.slowed:.2f} times as long as on this device at its best"
             )
@@ -264,6 +263,7 @@ class Measurement:
                 first_seconds=content["first_seconds"],
                 conditions=Conditions.of(content.get("conditions", {})),
                 elsewhere=Elsewhere(**moved) if (moved := content.get("elsewhere")) else None,
+                machine=content.get("machine", ""),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a measurement ({error}): {text[:80]!r}") from None

@@ -121,16 +121,13 @@ class DevicePool:
             DevicesGoneError: no board was in service for too long.
         """
         job = self._job(path)
-        if self.store is not None:
-            known = self.store.get(job.file, fingerprint=self.fingerprint, settings=job.settings)
-            if known is not None:
-                return known
         before = self.queue.state(job).content
-        if before is not None and self.store is not None:
+        if before is not None:
             # its process may have been lost between counting and storing it
-            counted = self._keep(job, Measurement.from_json(before))
-            if not counted.unstable:
-                return counted
+            self._keep(job, Measurement.from_json(before))
+        known = self._stored(job)
+        if known is not None and not known.unstable:
+            return known
         cuts, tried = 0, set[str]()
         while True:
             state = self.queue.state(job)
@@ -158,7 +155,16 @@ class DevicePool:
                 measurement = self._of_class(taken)
                 self._roster.watch(loan.board, taken)
                 if self.queue.finish(loan.lease, measurement.to_json()):
-                    return self._keep(job, measurement)
+                    return self._keep(job, measurement, instead=known)
+
+    def doubts(self, path: Path) -> bool:
+        """Whether the store's time of the file is from when its board was slower than it was seen since.
+
+        Raises:
+            DeviceError: no such file, or no board can be used.
+        """
+        known = self._stored(self._job(path))
+        return known is not None and known.unstable
 
     def predict(
         self, path: Path, images: NDArray[np.float32], *, key: str | None = None
@@ -240,10 +246,17 @@ class DevicePool:
         """`taken` as the class's: which board it was taken on, the queue knows."""
         return replace(taken, fingerprint=replace(taken.fingerprint, device=self._device))
 
-    def _keep(self, job: Job, measurement: Measurement) -> Measurement:
+    def _stored(self, job: Job) -> Measurement | None:
+        """What the store has of the job's file, judged by how fast its board is known to be."""
+        if self.store is None:
+            return None
+        known = self.store.get(job.file, fingerprint=self.fingerprint, settings=job.settings)
+        return None if known is None else self._roster.judged(known)
+
+    def _keep(self, job: Job, measurement: Measurement, *, instead: Measurement | None = None) -> Measurement:
         if self.store is None:
             return measurement
-        return self.store.put(measurement, file=job.file, settings=job.settings)
+        return self.store.put(measurement, file=job.file, settings=job.settings, instead=instead)
 
     def _by_any(self, work: Callable[[WorkerDevice], T]) -> T:
         """What `work` gives on the first board that is free; on others, where a board or line is lost."""
@@ -278,6 +291,7 @@ def open_device(
     timeout_seconds: float = 120.0,
     store: MeasurementStore | None = None,
     leases: Path | None = None,
+    quiet: QuietTimes | None = None,
 ) -> Device:
     """The device at `address`, or the pool of devices, ready to measure.
 
@@ -290,6 +304,7 @@ def open_device(
         timeout_seconds: likewise.
         store: likewise.
         leases: the file by which processes share boards; None: they do not.
+        quiet: as `connect` has it.
 
     Raises:
         DeviceError: as `connect`; or no board of a pool can be used.
@@ -298,12 +313,17 @@ def open_device(
     parsed = parse_addresses(address)
     if isinstance(parsed, Address) and parsed.place is None:
         return connect(
-            address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds, store=store
+            address,
+            seconds=seconds,
+            tolerance=tolerance,
+            timeout_seconds=timeout_seconds,
+            store=store,
+            quiet=quiet,
         )
     check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
     members = (parsed,) if isinstance(parsed, Address) else parsed.members
     folder = tempfile.TemporaryDirectory(prefix="nestling-pool.")
-    quiet = QuietTimes() if len(members) == 1 else None  # several are compared with each other
+    quiet = QuietTimes() if quiet is None else quiet
     pool = DevicePool(
         [
             WorkerDevice(

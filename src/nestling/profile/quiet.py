@@ -1,12 +1,13 @@
-"""What the reference model takes on a device at its best: by it a machine that is busy all the time is told.
+"""What the reference model takes on a device at its best: by it moments are told in which others slow it.
 
 A neighbour on the other thread of a core slows networks by a third to a half, some more than others, so that
-ratios to the reference model change with it. One that comes and goes shows within a measurement; one that
-stays shows only beside what the device has been seen to do before.
+ratios to the reference model change with it. A measurement counts the moments in which the device is about
+as fast as it was ever seen to be, and one that finds too few of them is unstable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -18,6 +19,7 @@ import numpy as np
 
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.store import MeasurementStore, StoreError
+from nestling.profile.worker import LEAST_PAIRS, SLOWED
 
 FACT = "fastest reference"
 KEPT_SECONDS = 30 * 86400.0
@@ -32,7 +34,7 @@ def state_file() -> Path:
 
 
 class QuietTimes:
-    """The best median time of the reference model on each device, known to all processes of a user.
+    """The best time of the reference model on each device of each machine, known to all processes of a user.
 
     Where the file cannot be written, this process alone knows them.
 
@@ -43,7 +45,7 @@ class QuietTimes:
 
     def __init__(self, path: Path | None = None, *, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._known: dict[str, tuple[float, float]] = {}
+        self._known: dict[tuple[str, str], tuple[float, float]] = {}
         self._store: MeasurementStore | None = None
         try:
             path = state_file() if path is None else path
@@ -53,11 +55,13 @@ class QuietTimes:
             pass
 
     def heard(self, measurement: Measurement) -> Measurement:
-        """`judged` of one taken just now: if it is sound and faster than ever, it is the best from now on."""
-        took, best = _took(measurement), self._best(measurement.fingerprint)
-        sound = not _slowed(measurement, None).unstable
-        if sound and (best is None or took <= SEEN_AGAIN * best):
-            self._keep(measurement.fingerprint, took if best is None else min(took, best))
+        """`judged` of one taken just now: if the device was faster than ever, that is its best from now on.
+
+        What counts is the fastest part of a measurement: one during which others came and went tells too.
+        """
+        took = _fastest(measurement)
+        if took is not None:
+            self._keep(measurement.fingerprint, measurement.machine, took)
         return self.judged(measurement)
 
     def judged(self, measurement: Measurement) -> Measurement:
@@ -65,34 +69,65 @@ class QuietTimes:
 
         What it was judged by before is forgotten.
         """
-        best = self._best(measurement.fingerprint)
-        return _slowed(measurement, None if best is None else _took(measurement) / best)
+        best = self.best(measurement.fingerprint, machine=measurement.machine)
+        slowed = None if best is None else float(np.median(measurement.reference_seconds)) / best
+        return replace(measurement, conditions=replace(measurement.conditions, slowed=slowed))
 
-    def _best(self, fingerprint: Fingerprint) -> float | None:
+    def best(self, fingerprint: Fingerprint, *, machine: str) -> float | None:
+        """The seconds of the reference model on the device at its best; None where that is not known."""
+        key = fingerprint.key, machine
         if self._store is not None:
             try:
-                told = self._store.recall(FACT, fingerprint=fingerprint)
-                if told is not None:
-                    content = json.loads(told)
-                    self._known[fingerprint.key] = float(content["seconds"]), float(content["seen"])
-            except (StoreError, ValueError, KeyError, TypeError):
-                pass
-        best, seen = self._known.get(fingerprint.key, (None, 0.0))
+                told = self._store.recall(_fact(machine), fingerprint=fingerprint)
+            except StoreError:
+                told = None
+            if (known := _parsed(told)) is not None:
+                self._known[key] = known
+        best, seen = self._known.get(key, (None, 0.0))
         return best if self._now() - seen < KEPT_SECONDS else None
 
-    def _keep(self, fingerprint: Fingerprint, best: float) -> None:
-        self._known[fingerprint.key] = best, self._now()
+    def _keep(self, fingerprint: Fingerprint, machine: str, took: float) -> None:
+        """Makes `took` the best, unless a better one is known; which was seen again where they are close."""
+        now = self._now()
+
+        def later(known: tuple[float, float] | None) -> tuple[float, float]:
+            if known is None or now - known[1] >= KEPT_SECONDS:
+                return took, now
+            return min(took, known[0]), now if took <= SEEN_AGAIN * known[0] else known[1]
+
+        key = fingerprint.key, machine
+        self._known[key] = later(self._known.get(key))
         if self._store is not None:
-            try:
-                content = json.dumps({"seconds": best, "seen": self._now()})
-                self._store.remember(FACT, content, fingerprint=fingerprint)
-            except StoreError:
-                pass
+            with contextlib.suppress(StoreError):
+                self._store.revise(
+                    _fact(machine), lambda told: _told(*later(_parsed(told))), fingerprint=fingerprint
+                )
 
 
-def _took(measurement: Measurement) -> float:
-    return float(np.median(measurement.reference_seconds))
+def _fact(machine: str) -> str:
+    return f"{FACT} of {machine}"
 
 
-def _slowed(measurement: Measurement, slowed: float | None) -> Measurement:
-    return replace(measurement, conditions=replace(measurement.conditions, slowed=slowed))
+def _told(seconds: float, seen: float) -> str:
+    return json.dumps({"seconds": seconds, "seen": seen})
+
+
+def _parsed(told: str | None) -> tuple[float, float] | None:
+    """Seconds and when they were last seen; None where nothing that can be read was told."""
+    try:
+        content = json.loads(told or "")
+        return float(content["seconds"]), float(content["seen"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _fastest(measurement: Measurement) -> float | None:
+    """The median seconds of the reference model while the device was as fast as in its fastest tenth.
+
+    None where these are few, or where the machine was not the worker's alone.
+    """
+    told, times = measurement.conditions, np.array(measurement.reference_seconds)
+    fast = times[times <= SLOWED * np.quantile(times, 0.1)]
+    if len(fast) < min(LEAST_PAIRS, len(times)) or told.interrupted or told.missed:
+        return None
+    return float(np.median(fast))

@@ -105,6 +105,12 @@ class Roster:
         with self._lock:
             return tuple(board.name for board in self._boards if board.in_service)
 
+    def judged(self, measurement: Measurement) -> Measurement:
+        """`measurement` as the board that took it judges it now; as it is, where that one is not known."""
+        for board in self._boards:
+            measurement = board.device.judged(measurement)
+        return measurement
+
     @property
     def aside(self) -> Mapping[str, str]:
         """The boards that are set aside, and why."""

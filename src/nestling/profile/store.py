@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nestling.profile.measurement import Fingerprint, Measurement
@@ -223,6 +223,17 @@ class MeasurementStore:
         with self._open() as connection:
             connection.execute(_FACTS)  # a file of an earlier version has no such table
             connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
+
+    def revise(self, name: str, change: Callable[[str | None], str], *, fingerprint: Fingerprint) -> None:
+        """Keeps what `change` makes of what is remembered; no other process comes between."""
+        with self._open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(_FACTS)
+            asked = "SELECT content FROM fact WHERE name = ? AND fingerprint = ?"
+            row = connection.execute(asked, (name, fingerprint.key)).fetchone()
+            content = change(None if row is None else str(row[0]))
+            connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
+            connection.execute("COMMIT")
 
     def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         return opened(self.path, what="measurement store", synchronous="FULL")

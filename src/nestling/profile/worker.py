@@ -95,6 +95,15 @@ LEAST_PAIRS, TRUSTED_PAIRS, MOST_PAIRS = 10, 30, 2000
 """Pairs timed whatever the budget; before a tight interval is believed; at most."""
 INTERRUPTED = 0.02
 """A call that was kept waiting for more than this part of its time was interrupted."""
+SLOWED = 1.15
+"""A device whose reference model takes more than so many times its best time is slowed by others.
+
+On two threads of a core, one of them kept busy, it took 1.5 times as long, and other networks 1.25 to 1.5.
+"""
+PATIENCE = 3
+"""How many times the budget timing may last, in search of moments in which the device is not slowed."""
+PAUSE_SECONDS = 0.01
+"""Between two looks at whether a device that is slowed is so still."""
 
 
 class RefusalError(Exception):
@@ -141,6 +150,22 @@ class Timed:
     """Pairs that were interrupted, and are not among them."""
     interrupted: int = 0
     """Pairs among them that were interrupted, kept because too few were not."""
+    slowed: int = 0
+    """Pairs, not interrupted, from when others slowed the device, and that are not among them."""
+    gauged: float = 0.0
+    """The median nanoseconds, while these were timed, of what tells whether the device is slowed."""
+
+
+@dataclass
+class Pair:
+    """A call of each, and what was seen around them."""
+
+    candidate: int
+    reference: int
+    gauged: int
+    interrupted: bool
+    slowed: bool
+    """Whether the device was slowed just before, meanwhile, or just after."""
 
 
 def interleave(
@@ -150,7 +175,10 @@ def interleave(
     seconds: float,
     tolerance: float,
     limit_seconds: float = float("inf"),
+    gauge: Callable[[], object] | None = None,
+    best: float = float("inf"),
     clock: Callable[[], int] = time.perf_counter_ns,
+    sleep: Callable[[float], None] = time.sleep,
     timer: Callable[[Callable[[], object]], int] | None = None,
     waited: Callable[[], int] = lambda: 0,
 ) -> Timed:
@@ -163,12 +191,20 @@ def interleave(
     is within `tolerance` of it, or when `seconds` have passed since the warm-up and there are ten pairs; with
     fewer once half of `limit_seconds` is gone.
 
+    Others who work on the same processor slow some networks more than others, for milliseconds or minutes. So
+    where the `best` time of a gauge is known, pairs count from when the gauge took about that: before, at and
+    after them. For such moments timing goes on, up to `PATIENCE` times `seconds`, and looks at the gauge
+    alone while it is slow. Where they stay too few, all pairs count.
+
     Args:
         candidate, reference: what is timed.
-        seconds: the longest that timing may take.
+        seconds: the longest that timing may take on a device that is not slowed.
         tolerance: a part of the ratio.
         limit_seconds: after which the answer would come too late.
+        gauge: what tells whether the device is slowed; the reference itself where it is None.
+        best: the nanoseconds of the gauge on this device at its best.
         clock: nanoseconds.
+        sleep: waits for so many seconds.
         timer: runs a call and gives its nanoseconds; by `clock` where it is None.
         waited: nanoseconds that this process was ready to run and was not let run, counted from any moment.
     """
@@ -179,39 +215,63 @@ def interleave(
             call()
             return clock() - begun
 
+    def look() -> int:
+        _prime(reference if gauge is None else gauge, clock)
+        return timer(reference if gauge is None else gauge)
+
     half_time = clock() + limit_seconds * 5e8
     last = _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
-    clean, spoilt = Timed([], []), Timed([], [])
-    end, check, first = clock() + int(seconds * 1e9), TRUSTED_PAIRS, 0
-    while (total := len(clean.candidate) + len(spoilt.candidate)) < MOST_PAIRS:
-        pair, interrupted = [0, 0], False
+    begun, pairs = clock(), list[Pair]()
+    usable, check, first, slow = 0, TRUSTED_PAIRS, 0, False
+    while len(pairs) < MOST_PAIRS:
+        if len(pairs) >= TRUSTED_PAIRS:
+            while slow and clock() < min(begun + PATIENCE * seconds * 1e9, half_time):
+                sleep(PAUSE_SECONDS)
+                slow = look() > SLOWED * best
+        times, interrupted = [0, 0], False
         for turn in (first, 1 - first):
             call = (candidate, reference)[turn]
             if last[turn] <= UNPRIMED_SECONDS * 1e9:
                 _prime(call, clock)
             before = waited()
-            last[turn] = pair[turn] = timer(call)
-            interrupted |= waited() - before > INTERRUPTED * pair[turn]
+            last[turn] = times[turn] = timer(call)
+            interrupted |= waited() - before > INTERRUPTED * times[turn]
         first = 1 - first
-        kept = spoilt if interrupted else clean
-        kept.candidate.append(pair[0])
-        kept.reference.append(pair[1])
-        count = len(clean.candidate)
+        gauged = times[1] if gauge is None else look()
+        slow, slow_before = gauged > SLOWED * best, slow
+        if pairs and slow and not pairs[-1].slowed:
+            pairs[-1].slowed = True
+            usable -= not pairs[-1].interrupted
+        pairs.append(Pair(times[0], times[1], gauged, interrupted, slow or slow_before))
+        usable += not (interrupted or pairs[-1].slowed)
+        # a gauge that stays slow has only the patience left; one that does not, the budget
+        patient = 1 if usable >= min(TRUSTED_PAIRS, len(pairs) / 2) else PATIENCE
         now = clock()
-        if now >= half_time or (total + 1 >= LEAST_PAIRS and now >= end):
+        if now >= half_time or (len(pairs) >= LEAST_PAIRS and now >= begun + patient * seconds * 1e9):
             break
-        if count >= check and not interrupted:
-            low, middle, high = median_interval(np.array(clean.candidate) / np.array(clean.reference))
+        if usable >= check and not (interrupted or pairs[-1].slowed):
+            good = [pair for pair in pairs if not (pair.interrupted or pair.slowed)]
+            low, middle, high = median_interval([pair.candidate / pair.reference for pair in good])
             if high - low <= 2 * tolerance * middle:
                 break
             # Looking seldom keeps the chance small that a lucky moment ends the run.
-            check = count + max(count // 5, 1)
-    lost = len(spoilt.candidate)
-    if len(clean.candidate) >= LEAST_PAIRS:
-        return Timed(clean.candidate, clean.reference, left_out=lost)
-    # too few: all of them, and the caller is told
-    everything = clean.candidate + spoilt.candidate, clean.reference + spoilt.reference
-    return Timed(*everything, interrupted=lost)
+            check = usable + max(usable // 5, 1)
+    return _chosen(pairs)
+
+
+def _chosen(pairs: Sequence[Pair]) -> Timed:
+    """Those of the pairs that say most of the models: not slowed, or not interrupted, or all of them."""
+    clean = [pair for pair in pairs if not pair.interrupted]
+    quiet = [pair for pair in clean if not pair.slowed]
+    chosen = quiet if len(quiet) >= LEAST_PAIRS else clean if len(clean) >= LEAST_PAIRS else pairs
+    return Timed(
+        [pair.candidate for pair in chosen],
+        [pair.reference for pair in chosen],
+        left_out=0 if chosen is pairs else len(pairs) - len(clean),
+        interrupted=len(pairs) - len(clean) if chosen is pairs else 0,
+        slowed=len(clean) - len(quiet) if chosen is quiet else 0,
+        gauged=float(np.median([pair.gauged for pair in chosen])),
+    )
 
 
 def _warm_up(
@@ -378,6 +438,15 @@ def cpu_model() -> str:
         if name.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine()
+
+
+def machine(*, root: Path = Path("/")) -> str:
+    """Twelve hexadecimal digits that stay the same on this machine, and differ on others of its kind."""
+    try:
+        name = (root / "etc/machine-id").read_text().strip()
+    except OSError:
+        name = ""
+    return hashlib.sha256(f"{name} {platform.node()}".encode()).hexdigest()[:12]
 
 
 def cpu_instructions() -> list[str]:
@@ -1080,6 +1149,7 @@ class Worker:
             described = {**options, "target": target, "instructions": cpu_instructions()}
             self.runtime = foreign_runtime(bytes(blob), engine, threads, described, refusal=RefusalError)
         return {
+            "machine": machine(),
             "cpu": cpu_model() + cores_used(self.cores),
             "instructions": cpu_instructions(),
             "cores": os.cpu_count(),
@@ -1114,9 +1184,12 @@ class Worker:
     def time(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Times `model` and `reference` in turn; the blob is int64 nanoseconds, the model's come first.
 
-        Answers what the machine told of itself meanwhile, and the bytes of memory that the model took.
+        With the `best` nanoseconds of a `gauge`, in moments in which that one, a model too, takes about so
+        long. Answers what the machine told of itself meanwhile, the bytes of memory that the model took, and
+        what the gauge took.
         """
         candidate, reference = self._model(request["model"]), self._model(request["reference"])
+        gauge = self._model(request.get("gauge", request["reference"]))
         gc.collect()
         gc.disable()
         before = readings(self.cores)
@@ -1128,6 +1201,8 @@ class Worker:
                     seconds=request["seconds"],
                     tolerance=request["tolerance"],
                     limit_seconds=request["limit_seconds"],
+                    gauge=None if gauge is reference else gauge.run,
+                    best=request.get("best", float("inf")),
                     timer=self._settled().timer(),
                     waited=waits.nanoseconds,
                 )
@@ -1141,10 +1216,11 @@ class Worker:
             told["peak_bytes"] = opened.peak_bytes
         count = len(timed.candidate)
         told |= {"left_out": timed.left_out, "interrupted": timed.interrupted / count}
+        told["slow_pairs"] = timed.slowed
         if count < LEAST_PAIRS:
             told["missed"] = LEAST_PAIRS - count
         times = np.array((timed.candidate, timed.reference), dtype="<i8")
-        return {"count": count, "conditions": told}, times.tobytes()
+        return {"count": count, "conditions": told, "gauged": timed.gauged}, times.tobytes()
 
     def energy(self, request: Mapping[str, Any], _: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs `model` alone for `seconds`; answers the joules that each counter of the machine grew by."""

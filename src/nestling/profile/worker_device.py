@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,7 @@ class WorkerDevice:
         self.seconds, self.tolerance, self.timeout_seconds = seconds, tolerance, timeout_seconds
         self.store, self.quiet = store, quiet
         self._fingerprint: Fingerprint | None = None
+        self._machine = ""
         self._held: dict[tuple[str, tuple[int, ...]], str] = {}
         self._alone = threading.RLock()
 
@@ -137,6 +138,13 @@ class WorkerDevice:
         if self.store is None:
             return measurement
         return self.store.put(measurement, file=key, settings=self.settings)
+
+    def judged(self, measurement: Measurement) -> Measurement:
+        """`measurement`, if it was taken here, judged by how fast the device is known to be by now."""
+        if self.quiet is None or not self._machine or measurement.machine != self._machine:
+            return measurement
+        here = replace(measurement, fingerprint=self.fingerprint)  # a pool gives them another
+        return replace(self.quiet.judged(here), fingerprint=measurement.fingerprint)
 
     def doubts(self, path: Path) -> bool:
         """Whether the store's time of the file is from when the device was slower than it was seen since.
@@ -317,6 +325,9 @@ class WorkerDevice:
         ).message
         reference = reference_model()
         self._ask("load", reference, until=until, model=REFERENCE)
+        # boards may all have one name and no identity of their own, as phones do
+        told = f"{address.place or ''} {said.get('machine', '')}"
+        self._machine = hashlib.sha256(told.encode()).hexdigest()[:12]
         return Fingerprint(
             device=self.name,
             cpu=said["cpu"],
@@ -332,6 +343,8 @@ class WorkerDevice:
         self, path: Path, model: bytes, *, reference: str = REFERENCE, seconds: float | None = None
     ) -> Measurement:
         fingerprint = self.start()
+        best = None if self.quiet is None else self.quiet.best(fingerprint, machine=self._machine)
+        gauge: dict[str, Any] = {} if best is None else {"gauge": REFERENCE, "best": best * 1e9}
         until = self._until()
         try:
             shares = ("allow_fallback", "1") in self.address.options
@@ -344,6 +357,7 @@ class WorkerDevice:
                 reference=reference,
                 seconds=self.seconds if seconds is None else seconds,
                 tolerance=self.tolerance,
+                **gauge,
             )
         finally:
             self._drop(models=[CANDIDATE])
@@ -356,15 +370,21 @@ class WorkerDevice:
             first_seconds=loaded["first_seconds"],
             conditions=Conditions.of(answer.message.get("conditions", {})),
             elsewhere=Elsewhere(**moved) if (moved := loaded.get("elsewhere")) else None,
+            machine=self._machine,
         )
-        return measurement if self.quiet is None or reference != REFERENCE else self.quiet.heard(measurement)
+        if self.quiet is not None and reference == REFERENCE:
+            return self.quiet.heard(measurement)
+        if best is None:
+            return measurement
+        slowed = answer.message["gauged"] / (best * 1e9)
+        return replace(measurement, conditions=replace(measurement.conditions, slowed=slowed))
 
     def _stored(self, key: str) -> Measurement | None:
         """What the store has of the file with this key, judged by how fast the device is known to be."""
         if self.store is None:
             return None
         known = self.store.get(key, fingerprint=self.fingerprint, settings=self.settings)
-        return known if known is None or self.quiet is None else self.quiet.judged(known)
+        return None if known is None else self.judged(known)
 
     def _hold(self, path: Path, images: NDArray[np.float32], *, key: str | None, until: float) -> str:
         """The name under which the worker holds `images`."""
@@ -402,7 +422,7 @@ class WorkerDevice:
         *,
         until: float,
         path: Path | None = None,
-        **fields: object,
+        **fields: Any,
     ) -> Answer:
         limit = max(until - time.monotonic(), 0.0)
         request = {"verb": verb, "limit_seconds": limit, **fields}

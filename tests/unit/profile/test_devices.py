@@ -49,7 +49,7 @@ class FakeTransport:
         self.faults = dict(faults or {})
         self.running = False
         self.starts = 0
-        self.cpu = "A CPU"
+        self.cpu, self.machine = "A CPU", "one"
         self.nanoseconds = 3_000_000, 1_000_000
         """Of the file and of the reference model."""
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -77,6 +77,7 @@ class FakeTransport:
             return Answer(
                 {
                     "cpu": self.cpu,
+                    "machine": self.machine,
                     "instructions": [],
                     "cores": 2,
                     "platform": "Linux x86_64",
@@ -88,10 +89,14 @@ class FakeTransport:
         if verb == "load":
             return Answer({"load_seconds": 0.1, "first_seconds": 0.2}, b"")
         if verb == "time":
-            return Answer({}, np.array([[took] * 40 for took in self.nanoseconds], "<i8").tobytes())
+            times = np.array([[took] * 40 for took in self.nanoseconds], "<i8")
+            return Answer({"gauged": 1_300_000.0}, times.tobytes())
         if verb == "predict":
             return Answer({"shape": [2, 4]}, np.zeros((2, 4), "<f4").tobytes())
         return Answer({}, b"")
+
+    def timings(self) -> list[dict[str, Any]]:
+        return [request for verb, request in self.asked if verb == "time"]
 
     def verbs(self) -> list[str]:
         return [verb for verb, _ in self.asked]
@@ -154,10 +159,28 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_once_it_was_seen_
     assert [taken.ratio for taken in store.unstable()] == pytest.approx([2.4])
 
 
-def test_beside_another_file_nothing_is_said_of_the_devices_best(tiny: Path, tmp_path: Path) -> None:
-    device = fake_device(FakeTransport(), quiet=QuietTimes(tmp_path / "devices.db"))
+def test_the_worker_is_told_the_devices_best_and_gauges_by_it(tiny: Path, tmp_path: Path) -> None:
+    transport = FakeTransport()
+    device = fake_device(transport, quiet=QuietTimes(tmp_path / "devices.db"))
+    assert device.compare(tiny, tiny, seconds=1).conditions.slowed is None  # it is not known yet
     assert device.measure(tiny).conditions.slowed == 1.0
-    assert device.compare(tiny, tiny, seconds=1).conditions.slowed is None
+    assert "best" not in transport.timings()[-1]
+    device.measure(tiny)
+    beside = device.compare(tiny, tiny, seconds=1)
+    for asked in transport.timings()[-2:]:
+        assert (asked["gauge"], asked["best"]) == ("reference", pytest.approx(1_000_000))
+    assert beside.conditions.slowed == pytest.approx(1.3)
+    assert beside.unstable
+
+
+def test_a_machine_of_another_place_has_another_best(tiny: Path, tmp_path: Path) -> None:
+    quiet = QuietTimes(tmp_path / "devices.db")
+    transports = [FakeTransport(), FakeTransport()]
+    transports[1].machine, transports[1].nanoseconds = "another", (4_500_000, 1_500_000)
+    taken = [fake_device(transport, quiet=quiet).measure(tiny) for transport in transports]
+    assert taken[0].fingerprint == taken[1].fingerprint
+    assert taken[0].machine != taken[1].machine
+    assert [one.conditions.slowed for one in taken] == [1.0, 1.0]
 
 
 def test_a_lost_worker_fails_one_call_and_is_replaced_for_the_next(tiny: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nestling.profile import Measurement
+from nestling.profile.measurement import Conditions
 from nestling.profile.quiet import KEPT_SECONDS, QuietTimes, state_file
 
 Measured = Callable[..., Measurement]
@@ -45,12 +49,44 @@ def test_other_processes_know_it_and_a_faster_time_doubts_what_was_stable(
     assert QuietTimes(tmp_path / "another.db").judged(slow).conditions.slowed is None
 
 
-def test_a_restless_measurement_is_nobodys_best(tmp_path: Path, measured: Measured) -> None:
+def test_the_fast_part_of_a_restless_measurement_is_the_best(tmp_path: Path, measured: Measured) -> None:
     quiet = QuietTimes(tmp_path / "devices.db")
-    restless = measured(*[1.0, 2.0] * 20, reference=(0.5,) * 40)
-    assert restless.unstable
-    assert quiet.heard(restless).conditions.slowed is None
+    restless = measured(*[3.0] * 40, reference=(1.5,) * 28 + (0.98, 1.0, 1.02) * 4)
+    assert quiet.heard(restless).conditions.slowed == pytest.approx(1.5)
     assert quiet.heard(measured(*[3.0] * 40, reference=(1.0,) * 40)).conditions.slowed == 1.0
+
+
+def test_a_few_fast_calls_or_interrupted_ones_are_nobodys_best(tmp_path: Path, measured: Measured) -> None:
+    quiet = QuietTimes(tmp_path / "devices.db")
+    lucky = measured(*[3.0] * 40, reference=(1.5,) * 34 + (1.0,) * 6)
+    assert quiet.heard(lucky).conditions.slowed is None
+    crowded = measured(*[3.0] * 40, reference=(1.0,) * 40)
+    crowded = replace(crowded, conditions=Conditions(interrupted=0.3))
+    assert quiet.heard(crowded).conditions.slowed is None
+    assert quiet.heard(measured(*[3.0] * 40, reference=(1.4,) * 40)).conditions.slowed == 1.0
+
+
+def test_two_machines_of_one_kind_have_each_their_best(tmp_path: Path, measured: Measured) -> None:
+    quiet = QuietTimes(tmp_path / "devices.db")
+    one, other = (
+        replace(measured(*[3.0] * 40, reference=(took,) * 40), machine=name)
+        for name, took in {"one": 1.0, "other": 1.5}.items()
+    )
+    assert one.fingerprint == other.fingerprint
+    assert quiet.heard(one).conditions.slowed == quiet.heard(other).conditions.slowed == 1.0
+    assert quiet.best(one.fingerprint, machine="one") == pytest.approx(1e-3)
+    assert quiet.best(one.fingerprint, machine="a third") is None
+
+
+def test_processes_that_tell_at_once_leave_the_better_time(tmp_path: Path, measured: Measured) -> None:
+    path = tmp_path / "devices.db"
+    takes = [1.0 + 0.001 * number for number in range(12)]
+    random.Random(0).shuffle(takes)
+    with ThreadPoolExecutor(4) as pool:
+        for took in takes:
+            pool.submit(QuietTimes(path).heard, measured(*[3.0] * 20, reference=(took,) * 20))
+    fingerprint = measured(1.0).fingerprint
+    assert QuietTimes(path).best(fingerprint, machine="") == pytest.approx(1e-3)
 
 
 def test_a_best_that_was_not_seen_again_for_a_month_holds_no_more(

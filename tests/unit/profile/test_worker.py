@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,96 @@ def test_a_slow_file_is_timed_without_priming_until_half_of_the_limit(call_ms: f
     )
     assert len(timed.candidate) == len(timed.reference) == pairs
     assert machine.calls.count("c") == 1 + pairs
+
+
+class SlowedMachine:
+    """A machine that another one slows: the candidate takes 3 ms or 3.9, the reference and gauge 1 or 1.5."""
+
+    def __init__(self, slow: Callable[[int], bool]) -> None:
+        self.now, self.slept, self.calls = 0, 0, ""
+        self.slow = slow
+
+    def call(self, name: str, quiet: float, slowed: float) -> Callable[[], None]:
+        def run() -> None:
+            self.calls += name
+            self.now += int((slowed if self.slow(self.now) else quiet) * 1e6)
+
+        return run
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += 1
+        self.now += int(seconds * 1e9)
+
+    def measure(self, *, seconds: float, gauge: bool = False, best: float = 1e6) -> worker.Timed:
+        return interleave(
+            self.call("c", 3, 3.9),
+            self.call("r", 2, 2.2) if gauge else self.call("r", 1, 1.5),
+            seconds=seconds,
+            tolerance=1e-9,
+            gauge=self.call("g", 1, 1.5) if gauge else None,
+            best=best,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
+
+
+def in_turns(now: int, *, quiet_ms: int, slow_ms: int) -> bool:
+    return now // 10**6 % (quiet_ms + slow_ms) >= quiet_ms
+
+
+def test_pairs_count_from_moments_in_which_the_device_is_at_its_best() -> None:
+    machine = SlowedMachine(partial(in_turns, quiet_ms=300, slow_ms=500))
+    timed = machine.measure(seconds=1.5)
+    assert set(timed.candidate) == {3_000_000}
+    assert set(timed.reference) == {1_000_000}
+    assert timed.slowed > worker.LEAST_PAIRS
+    assert timed.gauged == 1e6
+    assert machine.slept > 0
+
+
+def test_a_pair_beside_a_slow_one_does_not_count() -> None:
+    # the candidate alone is slowed, before and after references that are: its own pair's may be fast
+    machine = SlowedMachine(partial(in_turns, quiet_ms=300, slow_ms=60))
+    timed = machine.measure(seconds=1.5)
+    assert set(timed.candidate) == {3_000_000}
+    assert timed.slowed >= 2
+
+
+def test_a_device_that_stays_slow_costs_the_patience_and_all_pairs_count() -> None:
+    machine = SlowedMachine(lambda _: True)
+    timed = machine.measure(seconds=1.0)
+    assert set(timed.candidate) == {3_900_000}
+    assert len(timed.candidate) >= worker.TRUSTED_PAIRS
+    assert (timed.slowed, timed.gauged) == (0, 1.5e6)
+    assert worker.PATIENCE <= machine.now / 1e9 < worker.PATIENCE + 0.7
+    assert machine.slept > 50  # it looks at the reference alone
+    assert machine.calls.count("c") < machine.calls.count("r") / 2
+
+
+def test_a_device_at_its_best_is_timed_as_if_that_were_not_known() -> None:
+    known, unknown = SlowedMachine(lambda _: False), SlowedMachine(lambda _: False)
+    assert known.measure(seconds=1.0) == unknown.measure(seconds=1.0, best=float("inf"))
+    assert known.calls == unknown.calls
+
+
+def test_two_files_beside_each_other_are_timed_in_moments_that_a_gauge_tells() -> None:
+    machine = SlowedMachine(partial(in_turns, quiet_ms=300, slow_ms=500))
+    timed = machine.measure(seconds=1.5, gauge=True)
+    assert set(timed.candidate) == {3_000_000}
+    assert set(timed.reference) == {2_000_000}
+    assert timed.gauged == 1e6
+    told = SlowedMachine(lambda _: True).measure(seconds=0.5, gauge=True)
+    assert (set(told.reference), told.gauged) == ({2_200_000}, 1.5e6)
+
+
+def test_a_worker_answers_what_the_gauge_took(tiny: Path) -> None:
+    asked = worker.Worker()
+    for name in ("m", "g"):
+        asked.load({"model": name}, bytearray(tiny.read_bytes()))
+    request = {"model": "m", "reference": "m", "seconds": 0.01, "tolerance": 1, "limit_seconds": 9}
+    answer, _ = asked.time({**request, "gauge": "g", "best": 1e12}, bytearray())
+    assert 0 < answer["gauged"] < 1e9
+    assert answer["conditions"]["slow_pairs"] == 0
 
 
 def test_a_file_that_missed_pairs_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
