@@ -266,8 +266,11 @@ def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Li
 
     def keep(trial: Trial, metrics: Metrics) -> SearchResult:
         before = trial.metrics["latency_ms"]
-        told = f"{metrics['latency_ms']:.4g} ms" if "latency_ms" in metrics else "unstable"
-        listener.note(f"{trial.arch.key} was timed again: {told}, not {before:.4g} ms")
+        if "latency_ms" in metrics:
+            told = f"was timed again: {metrics['latency_ms']:.4g} ms, not {before:.4g} ms"
+        else:
+            told = f"is doubted: the device was slower at its {before:.4g} ms than it was seen to be since"
+        listener.note(f"{trial.arch.key} {told}")
         correct_trial(asked, trial, metrics, storage=place.storage, name=place.name)
         return load_result(asked, storage=place.storage, name=place.name)
 

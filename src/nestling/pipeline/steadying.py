@@ -24,7 +24,8 @@ def steadied(
     """The result, its front taken of latencies that are stable, as far as the device lets them be.
 
     A member that turns out slower may make room for another one, which is then timed again in the next round.
-    A latency that is unstable again changes nothing, but that one that was stable is so no more.
+    A latency that is doubted is recorded as unstable before it is timed again, and so it stays where that
+    fails or is killed. One that is unstable again changes nothing.
 
     Args:
         result: of a search that has come to its end.
@@ -39,6 +40,9 @@ def steadied(
         restless = [trial for trial in result.front if trial in result.unstable or doubted(trial)]
         if not restless:
             break
+        for trial in restless:
+            if trial not in result.unstable:
+                result = keep(trial, {"latency_unstable": 1.0})
         sleep(pause)
         for trial in restless:
             try:
@@ -48,6 +52,4 @@ def steadied(
                 continue
             if metrics["latency_unstable"] == 0:
                 result = keep(trial, metrics)
-            elif trial not in result.unstable:
-                result = keep(trial, {"latency_unstable": 1.0})
     return result

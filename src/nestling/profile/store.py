@@ -23,6 +23,8 @@ CREATE TABLE IF NOT EXISTS measurement (
 ) WITHOUT ROWID
 """
 
+_HELD = "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?"
+
 _RESTLESS = """
 CREATE TABLE IF NOT EXISTS unstable (
     id INTEGER PRIMARY KEY,
@@ -143,53 +145,42 @@ class MeasurementStore:
     def get(self, file: str, *, fingerprint: Fingerprint, settings: str) -> Measurement | None:
         """What the file with the key `file` took on the device, None where that is not known."""
         with self._open() as connection:
-            row = connection.execute(
-                "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?",
-                (file, fingerprint.key, settings),
-            ).fetchone()
+            row = connection.execute(_HELD, (file, fingerprint.key, settings)).fetchone()
         return None if row is None else self._parse(row[0])
 
-    def put(self, measurement: Measurement, *, file: str, settings: str) -> Measurement:
+    def put(
+        self, measurement: Measurement, *, file: str, settings: str, instead: Measurement | None = None
+    ) -> Measurement:
         """The measurement that holds from now on: the first that was put, so that all readers see one.
 
         One that is unstable is kept beside those that hold, once, and is given back as it is.
+
+        Args:
+            measurement: taken now.
+            file: the key of the file.
+            settings: how it was measured.
+            instead: one that held and is doubted, as it is judged now. If it is the one that still holds, a
+                stable `measurement` takes its place, and it is kept beside those that hold.
+
+        Raises:
+            ValueError: `instead` is stable.
         """
+        if instead is not None and not instead.unstable:
+            raise ValueError(f"the measurement of {file} is stable; there is nothing to doubt")
         key = (file, measurement.fingerprint.key, settings)
         with self._open() as connection:
             if measurement.unstable:
-                connection.execute(_RESTLESS)  # a file of an earlier version has no such table, or no index
-                connection.execute(_RESTLESS_INDEX)
-                content = measurement.to_json()
-                connection.execute(
-                    "INSERT INTO unstable (file, fingerprint, settings, content) SELECT ?, ?, ?, ? "
-                    "WHERE NOT EXISTS (SELECT 1 FROM unstable WHERE file = ? AND content = ?)",
-                    (*key, content, file, content),
-                )
+                self._keep_unstable(connection, measurement, key)
                 return measurement
             connection.execute("BEGIN IMMEDIATE")
+            if instead is not None:
+                self._make_room(connection, instead, key)
             connection.execute(
                 "INSERT OR IGNORE INTO measurement VALUES (?, ?, ?, ?)", (*key, measurement.to_json())
             )
-            row = connection.execute(
-                "SELECT content FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?", key
-            ).fetchone()
+            row = connection.execute(_HELD, key).fetchone()
             connection.execute("COMMIT")
         return self._parse(row[0])
-
-    def doubt(self, measurement: Measurement, *, file: str, settings: str) -> None:
-        """Moves a measurement that was stable to those that are not, as `measurement` now has it.
-
-        Raises:
-            ValueError: it is stable.
-        """
-        if not measurement.unstable:
-            raise ValueError(f"the measurement of {file} is stable; there is nothing to doubt")
-        key = (file, measurement.fingerprint.key, settings)
-        self.put(measurement, file=file, settings=settings)
-        with self._open() as connection:
-            connection.execute(
-                "DELETE FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?", key
-            )
 
     def unstable(self, file: str | None = None) -> list[Measurement]:
         """Every unstable measurement, those of one file where `file` is given, in order."""
@@ -234,6 +225,33 @@ class MeasurementStore:
             content = change(None if row is None else str(row[0]))
             connection.execute("REPLACE INTO fact VALUES (?, ?, ?)", (name, fingerprint.key, content))
             connection.execute("COMMIT")
+
+    def _make_room(
+        self, connection: sqlite3.Connection, doubted: Measurement, key: tuple[str, str, str]
+    ) -> None:
+        """Moves `doubted` to the unstable ones, unless another has taken its place since it was read."""
+        row = connection.execute(_HELD, key).fetchone()
+        if row is None:
+            return
+        held = self._parse(row[0])
+        # by its times: what it is judged by is no part of it
+        if (held.seconds, held.reference_seconds) != (doubted.seconds, doubted.reference_seconds):
+            return
+        self._keep_unstable(connection, doubted, key)
+        connection.execute("DELETE FROM measurement WHERE file = ? AND fingerprint = ? AND settings = ?", key)
+
+    @staticmethod
+    def _keep_unstable(
+        connection: sqlite3.Connection, measurement: Measurement, key: tuple[str, str, str]
+    ) -> None:
+        connection.execute(_RESTLESS)  # a file of an earlier version has no such table, or no index
+        connection.execute(_RESTLESS_INDEX)
+        content = measurement.to_json()
+        connection.execute(
+            "INSERT INTO unstable (file, fingerprint, settings, content) SELECT ?, ?, ?, ? "
+            "WHERE NOT EXISTS (SELECT 1 FROM unstable WHERE file = ? AND content = ?)",
+            (*key, content, key[0], content),
+        )
 
     def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         return opened(self.path, what="measurement store", synchronous="FULL")

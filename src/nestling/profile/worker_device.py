@@ -121,7 +121,7 @@ class WorkerDevice:
         """How long the file takes, from the store where it has been measured before.
 
         An unstable measurement is kept for the record only: asked again, the file is timed again. So is one
-        from when the device was slower than it was seen to be since.
+        from when the device was slower than it was seen to be since, until a stable one takes its place.
 
         Raises:
             DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
@@ -132,12 +132,10 @@ class WorkerDevice:
             known = self._stored(key)
             if known is not None and not known.unstable:
                 return known
-            if known is not None and self.store is not None:
-                self.store.doubt(known, file=key, settings=self.settings)
             measurement = self._time(path, model)
         if self.store is None:
             return measurement
-        return self.store.put(measurement, file=key, settings=self.settings)
+        return self.store.put(measurement, file=key, settings=self.settings, instead=known)
 
     def judged(self, measurement: Measurement) -> Measurement:
         """`measurement`, if it was taken here, judged by how fast the device is known to be by now."""

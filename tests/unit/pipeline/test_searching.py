@@ -16,7 +16,7 @@ from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
 from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import Fingerprint, Measurement
+from nestling.profile import Fingerprint, Measurement, WorkerDevice
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run, RunError
 from nestling.search import EvaluationFailed, SearchResult, search
@@ -128,6 +128,43 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     assert found.trials[0].metrics["latency_ms"] == 6.0
     assert found.trials == searched(bench).trials
     assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1 ms"]
+
+
+def test_a_latency_that_the_device_doubts_is_recorded_as_unstable_where_it_cannot_be_timed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+
+    class Doubting(WorkerDevice):
+        def __init__(self) -> None:
+            pass
+
+        def doubts(self, path: Path) -> bool:
+            return path.exists()
+
+    vars(bench)["device"] = Doubting()
+    where, asked = study_place(bench), problem(bench)
+    stable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 0.0}
+    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | stable
+    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
+    [trial] = result.front
+    bench.candidate_path(trial.arch).parent.mkdir(exist_ok=True)
+    bench.candidate_path(trial.arch).touch()
+
+    def lost(*_: object, **__: object) -> None:
+        raise EvaluationFailed("the worker was lost")
+
+    monkeypatch.setattr(searching, "measure", lost)
+    monkeypatch.setattr(searching, "PAUSES_AT_END", (0.0,))
+    told: list[str] = []
+    listener: Any = SimpleNamespace(note=told.append)
+    _steadied(bench, where, result, listener)
+    assert [one.metrics["latency_ms"] for one in searched(bench).unstable] == [1.0]
+    key = trial.arch.key
+    assert told == [
+        f"{key} is doubted: the device was slower at its 1 ms than it was seen to be since",
+        f"{key} was not timed again: the worker was lost",
+    ]
 
 
 def _timed_by(runtime: str) -> Measurement:

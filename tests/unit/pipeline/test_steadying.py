@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -97,16 +98,34 @@ def test_a_doubted_member_is_timed_again_and_said_to_be_unstable_where_it_is() -
     }
     bench = Bench(found((1.0, False), (2.0, False), (3.0, False)), answers)
     bench.doubted = {0, 1}
-    keep = bench.keep
+    time_again = bench.time_again
 
-    def kept(trial: Trial, metrics: Metrics) -> SearchResult:
-        bench.doubted -= {trial.number}
-        return keep(trial, metrics)
+    def timing(trial: Trial) -> Metrics:
+        metrics = time_again(trial)
+        bench.doubted -= {trial.number} if metrics["latency_unstable"] == 0 else set()
+        return metrics
 
-    bench.keep = kept  # type: ignore[method-assign]
+    bench.time_again = timing  # type: ignore[method-assign]
     result = bench.steadied()
     assert [trial.metrics["latency_ms"] for trial in result.front] == [0.5, 2.0, 3.0]
     assert [trial.number for trial in result.unstable] == [1]
+
+
+@pytest.mark.parametrize("end", [EvaluationFailed, KeyboardInterrupt])
+def test_a_doubted_member_is_recorded_as_unstable_also_where_timing_it_fails_or_is_ended(
+    end: type[BaseException],
+) -> None:
+    bench = Bench(found((1.0, False), (2.0, False)), {})
+    bench.doubted = {1}
+
+    def fails(trial: Trial) -> Metrics:
+        raise end(trial.arch.key)
+
+    bench.time_again = fails  # type: ignore[method-assign]
+    with suppress(KeyboardInterrupt):
+        bench.steadied()
+    assert [trial.number for trial in bench.result.unstable] == [1]
+    assert [trial.metrics["latency_ms"] for trial in bench.result.front] == [1.0, 2.0]
 
 
 def test_a_device_that_fails_is_told_of_and_the_others_are_timed() -> None:

@@ -159,6 +159,28 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_once_it_was_seen_
     assert [taken.ratio for taken in store.unstable()] == pytest.approx([2.4])
 
 
+def test_a_doubt_outlives_a_worker_that_is_lost_while_the_file_is_timed_again(
+    tiny: Path, tmp_path: Path
+) -> None:
+    quiet, store = QuietTimes(tmp_path / "devices.db"), MeasurementStore(tmp_path / "m.sqlite")
+    transport = FakeTransport()
+    device = fake_device(transport, store=store, quiet=quiet)
+    transport.nanoseconds = (3_600_000, 1_500_000)
+    slow = device.measure(tiny)
+    transport.nanoseconds = (3_000_000, 1_000_000)
+    other = tmp_path / "other.onnx"
+    other.write_bytes(tiny.read_bytes() + b"\0")
+    device.measure(other)
+    transport.faults["time"] = WorkerLostError("the worker was ended by SIGKILL")
+    with pytest.raises(WorkerLostError):
+        device.measure(tiny)
+    assert device.doubts(tiny)
+    assert slow in store.all()
+    transport.nanoseconds = (3_600_000, 1_500_000)  # busy again
+    assert device.measure(tiny).unstable
+    assert device.doubts(tiny)
+
+
 def test_the_worker_is_told_the_devices_best_and_gauges_by_it(tiny: Path, tmp_path: Path) -> None:
     transport = FakeTransport()
     device = fake_device(transport, quiet=QuietTimes(tmp_path / "devices.db"))

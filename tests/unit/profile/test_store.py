@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.profile import Fingerprint, Measurement, MeasurementStore, StoreError, file_key
+from nestling.profile import Conditions, Fingerprint, Measurement, MeasurementStore, StoreError, file_key
 from nestling.profile.leases import Job, LeaseQueue
 
 Measured = Callable[..., Measurement]
@@ -43,6 +43,32 @@ def test_an_unstable_measurement_is_kept_whole_and_never_found(tmp_path: Path, m
     assert store.put(restless[0], file="a", settings="s") == restless[0]
     assert store.get("a", fingerprint=stable.fingerprint, settings="s") == stable
     assert len(store.unstable()) == 2
+
+
+def test_a_doubted_measurement_holds_until_a_stable_one_takes_its_place(
+    tmp_path: Path, measured: Measured
+) -> None:
+    store, old = MeasurementStore(tmp_path / "m.sqlite"), measured(1)
+    doubted = dataclasses.replace(old, conditions=Conditions(slowed=1.5))
+    restless = dataclasses.replace(old, seconds=(1e-3, 9e-3) * 20)
+
+    def put(measurement: Measurement, *, instead: Measurement | None = None) -> Measurement:
+        return store.put(measurement, file="a", settings="s", instead=instead)
+
+    def held() -> Measurement | None:
+        return store.get("a", fingerprint=old.fingerprint, settings="s")
+
+    put(old)
+    with pytest.raises(ValueError, match="measurement of a is stable; there is nothing to doubt"):
+        put(measured(2), instead=old)
+    assert put(restless, instead=doubted) == restless
+    assert held() == old
+    assert put(measured(2), instead=doubted) == measured(2)
+    assert held() == measured(2)
+    assert store.unstable("a") == [restless, doubted]
+    # another process that doubted the same measurement comes second
+    assert put(measured(3), instead=doubted) == measured(2)
+    assert store.all() == [measured(2)]
 
 
 def test_asking_writes_nothing_so_that_a_run_that_may_only_be_read_can_be_asked(
@@ -127,7 +153,7 @@ def test_several_writers_lose_nothing(tmp_path: Path, measured: Measured) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from nestling.profile import Fingerprint, Measurement, MeasurementStore
+from nestling.profile import Conditions, Fingerprint, Measurement, MeasurementStore
 store = MeasurementStore(Path(sys.argv[1]))
 taken = Measurement.from_json(sys.argv[2])
 number = 0
