@@ -26,6 +26,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import Simulated, simulated, write_file, write_officially
 from nestling.profile import Device, DeviceError, Measurement
 from nestling.profile.turns import turn
+from nestling.profile.worker import SLOWED
 from nestling.quant import Quantized, QuantPolicy, Range, Recipe, Unquantizable, quantize, weight_bits
 from nestling.quant.regions import WEIGHT_AXES, absorbing
 from nestling.search import EvaluationFailed
@@ -403,7 +404,8 @@ def measure(
 ) -> Measurement:
     """The latency of the file at `path`; an unstable measurement is taken again, later each time.
 
-    Where all are unstable, the one whose ratio has the narrowest interval: it is still flagged. Of the
+    Where all are unstable, the one from when the device was least slowed, as others change the ratio, and of
+    those from when it was not the one whose ratio has the narrowest interval: it is still flagged. Of the
     processes of this machine one at a time measures on it; who shares a pool's leases, on each board.
 
     Args:
@@ -425,7 +427,7 @@ def measure(
             taken.append(_measured(device, path))
     except DeviceError as error:
         raise EvaluationFailed(str(error)) from error
-    return taken[-1] if not taken[-1].unstable else min(taken, key=_width)
+    return taken[-1] if not taken[-1].unstable else min(taken, key=_doubt)
 
 
 def _measured(device: Device, path: Path) -> Measurement:
@@ -433,22 +435,26 @@ def _measured(device: Device, path: Path) -> Measurement:
         return device.measure(path)
 
 
-def _width(measurement: Measurement) -> float:
+def _doubt(measurement: Measurement) -> tuple[float, float]:
+    """How much slower the device was than at its best, where that matters, and how wide the interval is."""
     low, high = measurement.ratio_interval
-    return (high - low) / measurement.ratio
+    slowed = measurement.conditions.slowed or 1.0
+    return (slowed if slowed > SLOWED else 1.0, (high - low) / measurement.ratio)
 
 
 def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[str, float]:
     """Latency as a search weighs it.
 
-    It is the ratio to the device's reference model times that model's milliseconds, measured once:
+    It is the ratio to the device's reference model times that model's milliseconds, one figure for the run:
     ratios repeat better than plain medians, and a front needs latencies that can be compared. The record of
-    the search tells which of them were unstable to the last: `latency_unstable` is 1 for those.
+    the search tells which of them were unstable to the last: `latency_unstable` is 1 for those; and what the
+    reference model takes on the device at its best, as far as that was known then.
     """
     return {
         "latency_ms": measurement.ratio * reference_ms,
         "latency_ratio": measurement.ratio,
         "latency_unstable": float(measurement.unstable),
+        "reference_ms": measurement.reference_ms,
     }
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from nestling.models.graph import Untraceable
@@ -21,14 +18,13 @@ from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
+from nestling.pipeline.scale import other_settings, rescaled, run_reference
 from nestling.pipeline.seeding import seeds
 from nestling.pipeline.steadying import PAUSES_AT_END, steadied
-from nestling.pipeline.studies import REFERENCE, Place, about, problem, study_place
+from nestling.pipeline.studies import Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import Measurement, WorkerDevice
 from nestling.profile.address import Address, parse_addresses
 from nestling.quant import Unquantizable
-from nestling.run import RunError
 from nestling.search import (
     EvaluationFailed,
     Metrics,
@@ -36,7 +32,6 @@ from nestling.search import (
     Stopping,
     Trial,
     Workers,
-    agree,
     change_limits,
     check_limits,
     correct_trial,
@@ -47,7 +42,6 @@ from nestling.search import (
 )
 from nestling.space import Arch
 
-_SETTINGS = re.compile(r" \(settings \d+\)")
 """What the worker says of its settings in the name of a runtime."""
 REUSED = {"top1_partial": 0.0, "top1_reused": 1.0}
 """What the metrics say of a candidate whose accuracy is that of another run."""
@@ -76,8 +70,10 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         listener.note(f"{judged} candidates of before are judged by the limits that are given now")
     with bench.timed("search"):
         alone = bench.config.search.workers == 1 and not _is_suspicious(bench, place, listener)
+        before = rescaled(bench, place, load_result(asked, storage=place.storage, name=place.name), listener)
         result = (_search if alone else _watch)(bench, place, listener)
-        result = _steadied(bench, place, result, listener)
+        fresh = len(result.trials) > len(before.trials)
+        result = _steadied(bench, place, rescaled(bench, place, result, listener), listener, fresh=fresh)
     if judged >= bench.config.search.trials:
         listener.note(
             f"all {judged} candidates were evaluated under other limits; "
@@ -230,8 +226,8 @@ def _evaluation(
         if "latency_ms" in wanted:
             measurement = measure(bench.device, path)
             if not reference:
-                reference.update(_reference(bench, place, measurement))
-                if (told := _other_settings(bench, reference, measurement)) is not None:
+                reference.update(run_reference(bench, place, measurement))
+                if (told := other_settings(bench, reference, measurement)) is not None:
                     note(told)
             metrics |= latency_metrics(measurement, reference_ms=float(reference["latency_ms"]))
         if arch in known:
@@ -242,26 +238,31 @@ def _evaluation(
     return evaluate
 
 
-def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Listener) -> SearchResult:
-    """The result, the unstable latencies of its front measured again and recorded."""
+def _steadied(
+    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, fresh: bool
+) -> SearchResult:
+    """The result, the unstable latencies of its front measured again and recorded.
+
+    Args:
+        bench, place, result, listener: of the search.
+        fresh: whether this command evaluated candidates, so that the device is there to be asked.
+    """
     if "latency_ms" not in problem(bench).needed():
         return result
     asked, address = problem(bench), parse_addresses(bench.config.profile.device)
-    # what is measured elsewhere is doubted there, and a search that is done needs no line to it
-    elsewhere = not isinstance(address, Address) or address.place is not None
+    # a search that is done needs no line to a device
+    away = not fresh and (not isinstance(address, Address) or address.place is not None)
 
     def doubted(trial: Trial) -> bool:
         path = bench.candidate_path(trial.arch)
-        if elsewhere or not path.exists():
-            return False
-        return isinstance(bench.device, WorkerDevice) and bench.device.doubts(path)
+        return not away and path.exists() and bench.device.doubts(path)
 
     def time_again(trial: Trial) -> Metrics:
         path = bench.candidate_path(trial.arch)
         if not path.exists():  # it was of no front when the search last came to its end
             write_candidate(bench, trial.arch, path)
         taken = measure(bench.device, path, pauses=())
-        reference = _reference(bench, place, taken)
+        reference = run_reference(bench, place, taken)
         return latency_metrics(taken, reference_ms=float(reference["latency_ms"]))
 
     def keep(trial: Trial, metrics: Metrics) -> SearchResult:
@@ -282,52 +283,6 @@ def _steadied(bench: Workbench, place: Place, result: SearchResult, listener: Li
         note=listener.note,
         pauses=PAUSES_AT_END,
     )
-
-
-def _reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:
-    """The reference model on the run's device, as the first measurement of all processes found it.
-
-    Other settings of the same runtime are no other device: a run that began with them goes on.
-
-    Raises:
-        RunError: the run was measured on another device or runtime.
-    """
-    fingerprint = measurement.fingerprint
-    here = {
-        "key": fingerprint.key,
-        "latency_ms": measurement.reference_ms,
-        "fingerprint": asdict(fingerprint),
-    }
-    mine = json.dumps(bench.run.read_json(REFERENCE) or here)
-    known: dict[str, Any] = json.loads(
-        agree(problem(bench), "reference", mine, storage=place.storage, name=place.name)
-    )
-    if _without_settings(known["fingerprint"]) != _without_settings(asdict(fingerprint)):
-        raise RunError(
-            f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
-            f"this one ({fingerprint}); their latencies do not compare: search in a new run"
-        )
-    if bench.run.read_json(REFERENCE) != known:
-        bench.run.write_json(REFERENCE, known)
-    return known
-
-
-def _other_settings(bench: Workbench, reference: Mapping[str, Any], taken: Measurement) -> str | None:
-    """What there is to say where candidates of before were timed with other settings of the runtime."""
-    if reference["key"] == taken.fingerprint.key:
-        return None
-    return (
-        "candidates of before were timed with other settings of the runtime "
-        f"({reference['fingerprint']['runtime']}) than those of now ({taken.fingerprint.runtime}), by which "
-        f"files in some precisions run otherwise; `nestling search NEW --from {bench.run.folder}` times all "
-        "alike"
-    )
-
-
-def _without_settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `fingerprint` in the types of JSON, its runtime without the worker's settings of it."""
-    told: dict[str, Any] = json.loads(json.dumps(fingerprint))
-    return told | {"runtime": _SETTINGS.sub("", told["runtime"])}
 
 
 def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:

@@ -61,6 +61,13 @@ class Device(Protocol):
             DeviceError: as `measure`.
         """
 
+    def doubts(self, path: Path) -> bool:
+        """Whether the store's time of the file is from when the device was slower than it was seen since.
+
+        Raises:
+            DeviceError: no such file, or no device.
+        """
+
     def compare(self, path: Path, other: Path, *, seconds: float, fresh: bool = False) -> Measurement:
         """How long the file takes beside another one, which stands for the reference model.
 

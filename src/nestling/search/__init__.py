@@ -10,7 +10,7 @@ from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
 from nestling.search.stopping import Stop, Stopping
-from nestling.search.study import EvaluationFailed, agree, load_result, search, suspects, watch
+from nestling.search.study import EvaluationFailed, agree, amend, load_result, search, suspects, watch
 from nestling.search.workers import Workers, WorkersLost, end_with_input
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Workers",
     "WorkersLost",
     "agree",
+    "amend",
     "batch_size",
     "change_limits",
     "check_limits",

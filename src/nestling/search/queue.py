@@ -180,6 +180,17 @@ class Queue:
                 connection.execute(sa.insert(table).values(study_id=self.study, name=name, content=content))
             return content if known is None else str(known)
 
+    def amend(self, name: str, content: str, *, before: str) -> str:
+        """What holds under `name`: `content` in place of `before`, or what another process put there."""
+        table = tables.facts
+        with self.database.writing() as connection:
+            where = (table.c.study_id == self.study, table.c.name == name)
+            connection.execute(
+                sa.update(table).where(*where, table.c.content == before).values(content=content)
+            )
+            known = connection.execute(sa.select(table.c.content).where(*where)).scalar()
+            return content if known is None else str(known)
+
     def _todo(self, connection: sa.Connection, trials: int) -> Task | Proposing | Standing:
         now = self.database.now(connection)
         rows = self._open(connection, now)

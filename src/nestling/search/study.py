@@ -207,6 +207,16 @@ def agree(problem: Problem, fact: str, content: str, *, storage: Path | str, nam
         return queue.settle(fact, content)
 
 
+def amend(problem: Problem, fact: str, content: str, *, before: str, storage: Path | str, name: str) -> str:
+    """What all processes take for `fact` from now on: `content`, unless it is not `before` any more.
+
+    Raises:
+        Exception: as `search`.
+    """
+    with open_queue(problem, storage, name) as queue:
+        return queue.amend(fact, content, before=before)
+
+
 def suspects(
     problem: Problem, *, storage: Path | str, name: str, about: Mapping[str, str] | None = None
 ) -> int:

@@ -117,12 +117,12 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     [trial] = result.front
     written: list[Path] = []
     monkeypatch.setattr(searching, "write_candidate", lambda _bench, _arch, path: written.append(path))
-    taken = SimpleNamespace(ratio=2.0, unstable=False)
+    taken = SimpleNamespace(ratio=2.0, unstable=False, reference_ms=3.0)
     monkeypatch.setattr(searching, "measure", lambda *_, **__: taken)
-    monkeypatch.setattr(searching, "_reference", lambda *_: {"latency_ms": 3.0})
+    monkeypatch.setattr(searching, "run_reference", lambda *_: {"latency_ms": 3.0})
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    found = _steadied(bench, where, result, listener)
+    found = _steadied(bench, where, result, listener, fresh=False)
     assert written == [bench.candidate_path(trial.arch)]
     assert found.unstable == ()
     assert found.trials[0].metrics["latency_ms"] == 6.0
@@ -158,7 +158,7 @@ def test_a_latency_that_the_device_doubts_is_recorded_as_unstable_where_it_canno
     monkeypatch.setattr(searching, "PAUSES_AT_END", (0.0,))
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    _steadied(bench, where, result, listener)
+    _steadied(bench, where, result, listener, fresh=True)
     assert [one.metrics["latency_ms"] for one in searched(bench).unstable] == [1.0]
     key = trial.arch.key
     assert told == [
