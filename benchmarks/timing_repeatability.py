@@ -15,7 +15,8 @@ copies of one file are compared with each other, as `nestling profile --compare`
 
 Whether the machine is quiet is not ours to say: a loop in plain Python is timed on every core before and
 after, and a round in which it took over 1.15 times its fastest time is made again, for all ways of measuring,
-after a pause. How many rounds were is told. (Other tenants of a host slow its cores by a third to a half.)
+after a pause; one that never was quiet is left out. How many were is told. (Other tenants of a host slow its
+cores by a third to a half.)
 
 Claims, of the coefficient of variation of ours in each file:
 
@@ -52,6 +53,7 @@ from thermometer import Thermometer
 from timm_files import NETWORKS, write_networks
 
 from nestling.profile import Device, compare_files, connect
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.reference import reference_model
 
 PIXELS = 128
@@ -65,6 +67,8 @@ MOST_FLAGGED = 0.05
 LEAST_LEFT = 3
 MOST_CLAIMS = 0.05
 MOST_UNSTABLE = 0.25
+LEAST_QUIET = 0.5
+"""The part of the rounds in which the machine must have been quiet, of each file."""
 PLAIN = Path(__file__).with_name("plain_timing.py")
 
 
@@ -95,9 +99,15 @@ def plain(*paths: Path, seconds: float, calls: int = 1) -> list[list[float]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def one_round(path: Path, reference: Path) -> dict[str, Any]:
+def calibrated(known: QuietTimes) -> dict[str, Any]:
+    """What the reference model takes, in seconds: so that the first measurement has something to go by."""
+    with connect("ort:cpu", quiet=known) as device:
+        return {"seconds": statistics.median(device.calibrate(seconds=SECONDS).reference_seconds)}
+
+
+def one_round(path: Path, reference: Path, known: QuietTimes) -> dict[str, Any]:
     """Each way of measuring, once."""
-    with connect("ort:cpu", seconds=SECONDS) as device:
+    with connect("ort:cpu", seconds=SECONDS, quiet=known) as device:
         taken = device.measure(path)
     own, others = plain(path, reference, seconds=LOOP_SECONDS, calls=PLAIN_CALLS.stop)
     return {
@@ -121,14 +131,15 @@ def measure(options: argparse.Namespace) -> Figures:
         reference = Path(folder) / "reference.onnx"
         reference.write_bytes(reference_model())
         paths = write_networks(Path(folder), names, pixels=PIXELS)
-        thermometer = Thermometer()
+        thermometer, known = Thermometer(), QuietTimes(Path(folder) / "devices.db")
+        thermometer.quietly(partial(calibrated, known))
         for state, busy in states.items():
             with busy_core(busy):
                 rounds: list[dict[str, Any]] = []
                 for number in range(count):
                     rounds.append({})
                     for name, path in paths.items():
-                        measured = partial(one_round, path, reference)
+                        measured = partial(one_round, path, reference, known)
                         made = measured if busy is not None else partial(thermometer.quietly, measured)
                         rounds[-1][name] = parts.part(f"{state} {number} {name}", made)
             for name in names:
@@ -136,7 +147,7 @@ def measure(options: argparse.Namespace) -> Figures:
                 files[name][state] = {key: [one[key] for one in taken] for key in taken[0]}
                 print(line(name, state, files[name][state]), flush=True)
         turns = [list(paths.values())[number % len(paths)] for number in range(comparisons)]
-        with connect("ort:cpu") as device:
+        with connect("ort:cpu", quiet=known) as device:
             told = [
                 parts.part(
                     f"comparison {number}",
@@ -168,9 +179,22 @@ def compare_with_copy(device: Device, path: Path) -> dict[str, Any]:
     }
 
 
+def quietly(found: Figures) -> list[bool]:
+    """Of each round, whether the machine was quiet; a busy loop of ours is not asked about."""
+    return list(found.get("quiet", [True] * len(found["ours"])))
+
+
 def used(found: Figures) -> list[float]:
-    """Our ratios without those that were flagged."""
-    return [ratio for ratio, because in zip(found["ours"], found["flagged"], strict=True) if not because]
+    """Our ratios of rounds on a quiet machine, without those that were flagged."""
+    rounds = zip(found["ours"], found["flagged"], quietly(found), strict=True)
+    return [ratio for ratio, because, quiet in rounds if quiet and not because]
+
+
+def flagged(found: Figures) -> int:
+    """How many rounds on a quiet machine were flagged."""
+    return sum(
+        quiet and bool(because) for because, quiet in zip(found["flagged"], quietly(found), strict=True)
+    )
 
 
 def variation(values: Sequence[float]) -> float:
@@ -180,33 +204,41 @@ def variation(values: Sequence[float]) -> float:
 
 def line(name: str, state: str, found: Figures) -> str:
     """One file's line in one state of the machine."""
-    left, several = used(found), len(found["ours"])
-    ours = f"ours {variation(left):6.2%} ({several - len(left)} of {several} flagged)"
-    plain_part, loop = (f"{key} {variation(found[key]):6.2%}" for key in ("plain", "loop"))
+    left, several = used(found), sum(quietly(found))
+    ours = f"ours {variation(left):6.2%} ({flagged(found)} of {several} flagged)"
+    plain_part, loop = (f"{key} {variation(others(found, key)):6.2%}" for key in ("plain", "loop"))
     return f"{name:24} {state:7} {ours}  {plain_part}  {loop}"
+
+
+def others(found: Figures, key: str) -> list[float]:
+    """What another way of measuring found in the rounds on a quiet machine."""
+    return [value for value, quiet in zip(found[key], quietly(found), strict=True) if quiet]
 
 
 def worst(figures: Figures, state: str, key: str) -> float:
     """The largest variation over the files; of ours where enough are left."""
-    kept = [used(found[state]) if key == "ours" else found[state][key] for found in figures["files"].values()]
+    states = [found[state] for found in figures["files"].values()]
+    kept = [used(found) if key == "ours" else others(found, key) for found in states]
     return max((variation(values) for values in kept if len(values) >= LEAST_LEFT), default=float("nan"))
 
 
 def misses(figures: Figures) -> list[str]:
     """What is not as claimed."""
     told = []
-    flagged = total = 0
+    lost = total = 0
     for name, states in figures["files"].items():
-        left = used(states["quiet"])
-        total += len(states["quiet"]["ours"])
-        flagged += len(states["quiet"]["ours"]) - len(left)
+        left, several = used(states["quiet"]), quietly(states["quiet"])
+        total += sum(several)
+        lost += flagged(states["quiet"])
+        if sum(several) < LEAST_QUIET * len(several):
+            told.append(f"{name}: the machine was quiet in {sum(several)} of {len(several)} rounds only")
         if not variation(left) <= MOST_QUIET:
             told.append(f"{name}, quiet: {variation(left):.2%} of variation (at most {MOST_QUIET:.0%})")
         left = used(states["loaded"])
         if len(left) >= LEAST_LEFT and not variation(left) <= MOST_LOADED:
             told.append(f"{name}, loaded: {variation(left):.2%} of variation (at most {MOST_LOADED:.0%})")
-    if flagged > MOST_FLAGGED * total:
-        told.append(f"{flagged} of {total} measurements of a quiet machine were flagged")
+    if lost > MOST_FLAGGED * total:
+        told.append(f"{lost} of {total} measurements of a quiet machine were flagged")
     copies = figures["copies"]
     if copies["claims"] > MOST_CLAIMS * len(copies["speedups"]):
         told.append(
@@ -222,16 +254,17 @@ def sentence(figures: Figures) -> str:
     parts = []
     for state in ("quiet", "loaded"):
         ours, medians, loops = (worst(figures, state, key) for key in ("ours", "plain", "loop"))
-        others = f"plain medians {medians:.1%}, ratios of loops {loops:.1%}"
-        parts.append(f"{state}: at most {ours:.2%} ({others})")
-    lost = sum(len(f["loaded"]["ours"]) - len(used(f["loaded"])) for f in figures["files"].values())
-    total = sum(len(f["loaded"]["ours"]) for f in figures["files"].values())
+        beside = f"plain medians {medians:.1%}, ratios of loops {loops:.1%}"
+        parts.append(f"{state}: at most {ours:.2%} ({beside})")
+    quiet, loaded = ([f[state] for f in figures["files"].values()] for state in ("quiet", "loaded"))
+    counts = [(sum(map(flagged, found)), sum(map(sum, map(quietly, found)))) for found in (quiet, loaded)]
+    made = sum(len(found["ours"]) for found in quiet)
     copies = figures["copies"]
-    flagged = sum(len(f["quiet"]["ours"]) - len(used(f["quiet"])) for f in figures["files"].values())
     vain = sum(map(sum, (copies["restless"], *(f["quiet"]["restless"] for f in figures["files"].values()))))
     return (
         f"the variation of our ratio over fresh processes, {len(figures['files'])} files; "
-        f"{'; '.join(parts)}, {lost} of {total} flagged there and {flagged} quiet; {copies['claims']} of "
+        f"{'; '.join(parts)}, {counts[1][0]} of {counts[1][1]} flagged there and {counts[0][0]} of "
+        f"{counts[0][1]} quiet ones, of {made}; {copies['claims']} of "
         f"{len(copies['speedups'])} comparisons of a file with its copy claim a difference, "
         f"{copies['unstable']} were unstable and claim nothing; {vain} rounds were made again, as others "
         "kept the machine busy"
