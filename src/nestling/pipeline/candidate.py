@@ -404,6 +404,8 @@ def measure(
 ) -> Measurement:
     """The latency of the file at `path`; an unstable measurement is taken again, later each time.
 
+    One that is unstable as others slow the device all the time is not: timing has waited for them already. A
+    search goes on meanwhile, times the members of its front once more when it ends, and flags the others.
     Where all are unstable, the one from when the device was least slowed, as others change the ratio, and of
     those from when it was not the one whose ratio has the narrowest interval: it is still flagged. Of the
     processes of this machine one at a time measures on it; who shares a pool's leases, on each board.
@@ -421,8 +423,8 @@ def measure(
     try:
         taken = [_measured(device, path)]
         for pause in pauses:
-            if not taken[-1].unstable:
-                return taken[-1]
+            if not taken[-1].unstable or _slowed(taken[-1]) > SLOWED:
+                break
             sleep(pause)
             taken.append(_measured(device, path))
     except DeviceError as error:
@@ -438,8 +440,12 @@ def _measured(device: Device, path: Path) -> Measurement:
 def _doubt(measurement: Measurement) -> tuple[float, float]:
     """How much slower the device was than at its best, where that matters, and how wide the interval is."""
     low, high = measurement.ratio_interval
-    slowed = measurement.conditions.slowed or 1.0
+    slowed = _slowed(measurement)
     return (slowed if slowed > SLOWED else 1.0, (high - low) / measurement.ratio)
+
+
+def _slowed(measurement: Measurement) -> float:
+    return measurement.conditions.slowed or 1.0
 
 
 def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[str, float]:

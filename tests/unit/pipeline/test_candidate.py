@@ -4,6 +4,7 @@ import importlib.util
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,7 @@ from nestling.profile import (
     WorkerDevice,
     connect,
 )
+from nestling.profile.measurement import Conditions
 from nestling.quant import Quantized, QuantPolicy, quantize
 from nestling.quant.layers import layers
 from nestling.run import Run
@@ -187,13 +189,18 @@ def restless(spread: float) -> Measurement:
     return Measurement(fingerprint, (0.001, 0.001 * (1 + spread)) * 20, (0.001,) * 40, 0.1, 0.1)
 
 
+def slowed(times: float) -> Measurement:
+    """A measurement with a tight interval, of a device that others slowed."""
+    return replace(restless(0.001), conditions=Conditions(slowed=times))
+
+
 class Restless:
-    """A device that measures one after the other of `spreads`; what was done is noted."""
+    """A device that gives one after the other of `taken`, numbers for `restless`; notes what was done."""
 
     name = "ort:cpu?threads=1"
 
-    def __init__(self, *spreads: float) -> None:
-        self.left = [restless(spread) for spread in spreads]
+    def __init__(self, *taken: float | Measurement) -> None:
+        self.left = [one if isinstance(one, Measurement) else restless(one) for one in taken]
         self.done: list[object] = []
 
     def measure(self, path: Path) -> Measurement:
@@ -203,8 +210,8 @@ class Restless:
         return self.left.pop(0)
 
 
-def timed(*spreads: float) -> tuple[Measurement, list[object]]:
-    device: Any = Restless(*spreads)
+def timed(*taken: float | Measurement) -> tuple[Measurement, list[object]]:
+    device: Any = Restless(*taken)
     found = measure(device, Path("net"), pauses=(0.0, 3.0), sleep=device.done.append)
     return found, device.done
 
@@ -213,6 +220,12 @@ def test_an_unstable_measurement_is_taken_again_later_until_it_is_stable() -> No
     assert timed(0.01) == (restless(0.01), ["net"])
     assert timed(0.2, 0.01) == (restless(0.01), ["net", 0.0, "net"])
     assert timed(0.2, 0.3, 0.01) == (restless(0.01), ["net", 0.0, "net", 3.0, "net"])
+
+
+def test_a_device_that_others_slow_is_not_asked_again_and_its_figure_counts_last() -> None:
+    assert timed(slowed(1.4)) == (slowed(1.4), ["net"])
+    assert timed(0.2, slowed(1.4)) == (restless(0.2), ["net", 0.0, "net"])
+    assert timed(0.2, slowed(1.1)) == (slowed(1.1), ["net", 0.0, "net"])
 
 
 class Boards(DevicePool):
