@@ -232,15 +232,19 @@ def line(name: str, rows: list[dict[str, Any]]) -> str:
     top1 = [row["runtime_top1"] for row in rows]
     told = ("within_a_step", "same_prediction", "identical")
     least = {key: 100 * min(row[key] for row in rows) for key in told}
-    counted = ("blocks", "integer_blocks", "following_another")
-    blocks, integers, following = (sum(row[key] for row in rows) for key in counted)
     return (
         f"{name:24} {len(rows)} pairs, top-1 {100 * min(top1):.1f} to {100 * max(top1):.1f}; differs by "
         f"at most {max(map(points, rows)):.1f} points; {least['within_a_step']:.2f} % of logits "
         f"or more within a step, {least['identical']:.2f} % or more the same to the last bit; "
-        f"{least['same_prediction']:.1f} % of predictions or more alike; of {blocks} blocks "
-        f"{integers} read integers, {following} after another that does"
+        f"{least['same_prediction']:.1f} % of predictions or more alike; {of_blocks(rows)}"
     )
+
+
+def of_blocks(rows: Sequence[dict[str, Any]]) -> str:
+    """How many blocks of these pairs read integers, and how many of them follow another such."""
+    counted = ("blocks", "integer_blocks", "following_another")
+    blocks, integers, following = (sum(row[key] for row in rows) for key in counted)
+    return f"of {blocks} blocks {integers} read integers, {following} after another that does"
 
 
 def misses(figures: Figures) -> list[str]:
@@ -262,7 +266,8 @@ def sentence(figures: Figures) -> str:
         f"{len(rows)} quantized subnets of {len(figures['families'])} families, {figures['images']} images: "
         f"top-1 of simulation and ONNX Runtime differ by at most {max(map(points, rows)):.1f} points, "
         f"{100 * min(row['within_a_step'] for row in rows):.2f} % of a subnet's logits or more agree to a "
-        f"step, in {sum(row['identical'] == 1 for row in rows)} of {len(rows)} all of them to the last bit"
+        f"step, in {sum(row['identical'] == 1 for row in rows)} of {len(rows)} all of them to the last bit; "
+        f"{of_blocks(rows)}"
     )
 
 

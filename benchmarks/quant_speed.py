@@ -17,13 +17,13 @@ Claims:
     python benchmarks/quant_speed.py [--check] [--seconds 4] [--networks NAME ...]
 
 Takes 10 minutes on one idle core. Ratios come from calls in turn, within one process that is kept to one
-core; the median of the pairs counts. Files of the runtime's own tool run with its default options.
+core; the median of the pairs counts. Files of the runtime's own tool run with its default options,
+ours are written and run as in a search.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -49,9 +49,10 @@ from torch import Tensor, nn
 from nestling.export import save_onnx, to_onnx
 from nestling.models.graph import Graph, trace
 from nestling.models.initialization import zero_last_norms
+from nestling.pipeline.writing import write_file
 from nestling.profile import connect
-from nestling.profile.worker import cpu_instructions, interleave, median_interval, pin
-from nestling.quant import QuantPolicy, insert_qdq, observe, split_gates
+from nestling.profile.worker import OrtRuntime, cpu_instructions, interleave, median_interval, pin
+from nestling.quant import QuantPolicy, quantize
 from nestling.train.evaluate import recalibrate
 
 NETWORKS = ("resnet18", "resnet50", "mobilenetv3_large_100", "efficientnet_b0", "vit_tiny_patch16_224")
@@ -131,36 +132,21 @@ def by_runtime(floats: Path, quantized: Path, images: Tensor, *, reduce_range: b
             logging.disable(logging.NOTSET)
 
 
-def session(path: Path, *, ours: bool, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """The file, loaded for one thread; ours with the options that it is measured with in a search."""
+def session(path: Path, *, ours: bool) -> onnxruntime.InferenceSession:
+    """The file, loaded for one thread: ours as a search measures it, others with the runtime's defaults."""
+    if ours:
+        return OrtRuntime("cpu", 1).open(path.read_bytes(), with_nodes=False).native
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
-    if ours:
-        options.add_session_config_entry(
-            "optimization.disable_specified_optimizers", "WeightBiasQuantization"
-        )
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def nodes_of(path: Path, image: NDArray[np.float32]) -> dict[str, tuple[str, float]]:
     """Node of the optimized graph -> its operator, and the median microseconds that it takes in a call."""
-    with tempfile.TemporaryDirectory() as folder:
-        profiled = session(path, ours=True, profile=Path(folder) / "profile")
-        for _ in range(PROFILED_CALLS):
-            profiled.run(None, {"images": image})
-        events = json.loads(Path(profiled.end_profiling()).read_text())
-    kinds: dict[str, str] = {}
-    taken: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = event["name"].removesuffix("_kernel_time")
-            kinds[name] = event["args"]["op_name"]
-            taken[name].append(event["dur"])
-    return {name: (kinds[name], float(np.median(times))) for name, times in taken.items()}
+    feed = {"images": image}
+    kernels = OrtRuntime("cpu", 1).profile(path.read_bytes(), lambda _: feed, runs=PROFILED_CALLS)
+    return {kernel["name"]: (kernel["op"], kernel["microseconds"]) for kernel in kernels}
 
 
 def by_kind(nodes: Mapping[str, tuple[str, float]]) -> dict[str, list[float]]:
@@ -194,10 +180,9 @@ class Bench:
 
     def quantized(self, policy: QuantPolicy) -> Path:
         """The file quantized by `policy`."""
-        graph = split_gates(self.graph, policy)
-        ranges = observe(graph, policy, [self.images], reduce_range=self.reduce_range)
+        quantized = quantize(self.graph, policy, [self.images], reduce_range=self.reduce_range)
         path = self.folder / "ours.onnx"
-        save_onnx(insert_qdq(to_onnx(graph), ranges), path)
+        write_file(quantized, path)
         return path
 
     def ratio(self, one: Path, other: Path, *, ours: tuple[bool, bool] = (True, True)) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -27,8 +28,12 @@ from torch import nn
 
 from nestling.config import load_config
 from nestling.data import Batch
+from nestling.models.graph import trace
 from nestling.models.mobilenet import build
 from nestling.models.supernet import Supernet
+from nestling.pipeline.writing import write_file
+from nestling.profile.reference import reference_model
+from nestling.quant import QuantPolicy, quantize
 from nestling.search import Problem, Trial
 from nestling.space import Choice, SearchSpace, Value, load_space
 from nestling.train.lessons import teach
@@ -94,7 +99,7 @@ def good_figures(name: str) -> dict[str, Any]:
     if name == "candidate_cost":
         # what the worker does meanwhile is no part of it
         seconds = {"recalibrate": [2.0] * 3, "observe": [0.1, 0.1, 0.3], "session": [9.0] * 3}
-        candidates = {"seconds": {**seconds, "compare": [0.2] * 3}, "again": [0.1] * 3}
+        candidates = {"seconds": {**seconds, "compare": [0.2] * 3}, "again": [0.1] * 3, "quiet": [True] * 3}
         return {"spaces": {"once-for-all": candidates}, "peers_seconds": {"quantize_static": 6.0}}
     if name == "joint_search":
 
@@ -123,7 +128,7 @@ def good_figures(name: str) -> dict[str, Any]:
             "runtime_top1": 0.405,
             "within_a_step": 0.995,
         }
-        parity |= {"identical": 0.5}
+        parity |= {"identical": 0.5, "blocks": 5, "integer_blocks": 3, "following_another": 2}
         return {"images": 1000, "families": {"vit": [parity, copy.deepcopy(parity)]}}
     if name == "quant_speed":
         networks = {each: speed_row(1.0, 0.45) for each in ("resnet18", "resnet50")}
@@ -412,6 +417,46 @@ def test_a_policy_is_told_by_its_last_timing_beside_w8a8_everywhere(load: Load) 
     assert "resnet50 2.22x, efficientnet_b0 0.91x (by a policy 1.01x)" in said
 
 
+def config_entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What every session of ONNX Runtime that is made from now on is told."""
+    entries: dict[str, str] = {}
+
+    class Noting(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            entries[key] = value
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Noting)
+    return entries
+
+
+def test_files_of_the_runtime_s_own_tool_run_with_its_default_options(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, entries = load("quant_speed"), config_entries(monkeypatch)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(reference_model())
+    module.session(path, ours=False)
+    assert entries == {}
+    module.session(path, ours=True)
+    assert entries["session.qdqisint8allowed"] == "1"
+    assert "optimization.disable_specified_optimizers" in entries
+
+
+def test_our_file_is_the_one_that_a_search_would_write(load: Load, tmp_path: Path) -> None:
+    module = load("quant_speed")
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    bench = module.Bench(trace(network, resolution=8), images, tmp_path, 0.1, reduce_range=False)
+    policy = QuantPolicy((("", "w8a8"),))
+    written = bench.quantized(policy).read_bytes()
+    write_file(quantize(bench.graph, policy, [images]), tmp_path / "searched.onnx")
+    assert written == (tmp_path / "searched.onnx").read_bytes()
+    kinds = module.by_kind(module.nodes_of(tmp_path / "ours.onnx", images[:1].numpy()))
+    assert kinds["QLinearConv"][0] == 1
+    assert all(microseconds >= 0 for _, microseconds in kinds.values())
+
+
 def test_the_policy_that_is_found_is_timed_once_more(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("quant_speed")
     ratios = iter([1.1, 0.9, 0.95, 0.98])  # everywhere; without a; without a and b; without a, again
@@ -479,6 +524,16 @@ def test_every_other_pair_has_no_weight_only_precisions_and_mostly_neighbouring_
     assert 0 < sum(following[1::2]) / 50 < 4
 
 
+def test_how_many_blocks_read_integers_is_told_and_missing_of_earlier_figures(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, figures = load("quant_parity"), good_figures("quant_parity")
+    assert "of 10 blocks 6 read integers, 4 after another that does" in module.sentence(figures)
+    del figures["families"]["vit"][0]["integer_blocks"]
+    assert judge_stored(module, figures, tmp_path) == 1
+    assert "earlier form of this benchmark and lacks 'integer_blocks'" in capsys.readouterr().err
+
+
 def test_what_is_worst_is_told_of_kinds_and_of_precisions_that_have_a_file_to_themselves(load: Load) -> None:
     def row(within: float, *names: str) -> dict[str, Any]:
         rules = {f"block{number}": name for number, name in enumerate(names)}
@@ -502,6 +557,60 @@ def test_a_candidate_is_told_with_its_recalibration_too(load: Load) -> None:
     module, figures = load("candidate_cost"), good_figures("candidate_cost")
     assert "takes 0.30 s" in module.sentence(figures)
     assert "recalibration apart (2.30 s with it)" in module.sentence(figures)
+
+
+def of_archs(quiet: list[bool]) -> dict[str, Any]:
+    """Candidates that took 0.3 s on a quiet machine, and else 0.5 s."""
+    figures = good_figures("candidate_cost")
+    seconds = [0.3 if one else 0.5 for one in quiet]
+    stages = {"recalibrate": [2.0] * len(quiet), "compare": seconds}
+    figures["spaces"]["once-for-all"] = {"seconds": stages, "again": seconds, "quiet": quiet}
+    return figures
+
+
+def test_archs_of_a_busy_machine_are_left_out_of_the_median_and_told(load: Load) -> None:
+    module, figures = load("candidate_cost"), of_archs([True, False, True, False, False, False])
+    said = module.sentence(figures)
+    assert "takes 0.30 s" in said
+    assert "(2.30 s with it), and 0.30 s" in said
+    assert "left out are 4 of 6 archs" in said
+    assert module.misses(figures) == []
+    assert "was not quiet" not in said
+    assert "left out" not in module.sentence(of_archs([True] * 6))
+
+
+@pytest.mark.parametrize("quiet", [[True, False, False], [True, True, *[False] * 5], [False] * 6])
+def test_all_archs_count_where_too_few_are_of_a_quiet_machine(quiet: list[bool], load: Load) -> None:
+    module, figures = load("candidate_cost"), of_archs(quiet)
+    said = module.sentence(figures)
+    assert "takes 0.50 s" in said
+    assert f"the machine was not quiet, {quiet.count(False)} of {len(quiet)} archs" in said
+    assert len(module.misses(figures)) == 1
+
+
+def test_the_space_that_takes_longest_is_told_where_there_are_several(load: Load) -> None:
+    module, figures = load("candidate_cost"), good_figures("candidate_cost")
+    assert "longest" not in module.sentence(figures)
+    figures["spaces"]["vit"] = of_archs([False] * 2)["spaces"]["once-for-all"]
+    assert module.sentence(figures).endswith("of 2 spaces, vit takes longest: 0.50 s")
+
+
+def test_the_medians_of_a_space_stand_below_their_headings(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, found = load("candidate_cost"), of_archs([True] * 2)["spaces"]["once-for-all"]
+    found["seconds"] |= {
+        stage: [0.0] * 2 for stage in module.STAGES_IN_ORDER if stage not in found["seconds"]
+    }
+    monkeypatch.setattr(module, "spaces", lambda _: {})
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(module, "Thermometer", lambda: None)
+    counts = {"archs": 2, "calibration": 1, "recalibration": 1}
+    module.measure(argparse.Namespace(threads=1, spaces=[], **counts))
+    [headings] = capsys.readouterr().out.splitlines()
+    line = module.line("once-for-all", found)
+    assert len(line) == len(headings)
+    assert line[: headings.index("again") + len("again")].endswith("300.0")
 
 
 def test_a_stopwatch_counts_a_stage_inside_another_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
