@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor
 
+SETTINGS = 1
+"""Of how PyTorch is told to compute, in `ForeignRuntime`: what was measured otherwise is measured anew.
+
+Before there was a number, convolutions in 32-bit floats were left to TF32.
+"""
 PROFILED_SECONDS = 2.0
 """No further run is profiled after so long."""
 DTYPES = {"f32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -408,13 +413,14 @@ class ForeignRuntime:
             raise refusal(
                 f"torch:cuda needs a GPU, and a PyTorch for it; torch {torch.__version__} finds none here"
             )
+        # SETTINGS names what follows in fingerprints: raise it with every change of how a file is run.
         torch.set_num_threads(threads)
         asked = options.get("dtype", "f32")
         self.device, self.dtype = torch.device(target), DTYPES[asked]
         # left to itself cuDNN rounds the factors in convolutions to 10 bits, where the GPU can
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = asked == "tf32"
         self.graph = options.get("graph", "1") == "1"
-        self.name = f"torch {torch.__version__}"
+        self.name = f"torch {torch.__version__} (settings {SETTINGS})"
         if target == "cuda":
             self.name += f", CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
 
@@ -491,3 +497,19 @@ class ForeignRuntime:
         """Nothing: all runs on the device."""
         del kernels
         return []
+
+    def spoilt(self, error: Exception) -> bool:
+        """Whether CUDA has failed: after an assert or a wild address it answers all that is asked with that.
+
+        A failure may be told late, of what another call began, so the GPU is asked too. Running out of memory
+        is none.
+        """
+        if self.device.type != "cuda":
+            return False
+        if "CUDA error" in str(error):
+            return True
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False

@@ -812,6 +812,9 @@ class Runtime(Protocol):
     def elsewhere(self, kernels: Sequence[Mapping[str, Any]]) -> list[str]:
         """Of `kernels`, the names of those that ran on something else than the address asks for."""
 
+    def spoilt(self, error: Exception) -> bool:
+        """Whether it can run nothing any more after `error`, as a GPU's context; this process then ends."""
+
 
 @dataclass
 class OrtSession:
@@ -905,6 +908,10 @@ class OrtRuntime:
     def elsewhere(self, kernels: Sequence[Mapping[str, Any]]) -> list[str]:
         """The kernels that another provider ran."""
         return [kernel["name"] for kernel in kernels if kernel["provider"] != self.provider]
+
+    def spoilt(self, error: Exception) -> bool:
+        """Whether CUDA has failed: mostly all that is asked of it later has the same answer."""
+        return "CUDA failure" in str(error)
 
     def _session(self, native: Any) -> OrtSession:
         inputs = []
@@ -1391,8 +1398,19 @@ def raised_at(error: Exception) -> str:
     return f"{Path(trace.tb_frame.f_code.co_filename).name.strip('<>')}, line {trace.tb_lineno}"
 
 
+def refusal(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+    """What is answered instead of what was asked; of an error that is not `expected`, also where it arose."""
+    if isinstance(error, RefusalError):
+        return str(error)
+    where = "" if isinstance(error, expected) else f" ({raised_at(error)})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def main() -> None:
-    """Serves requests until the other side says bye or goes away."""
+    """Serves requests until the other side says bye or goes away, or an error has spoilt the runtime.
+
+    The answer to that one has `ends`: this process does, and the other side needs another.
+    """
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb")
     # What native code prints must not land between frames, nor may it eat a request.
@@ -1401,7 +1419,7 @@ def main() -> None:
     volunteer()
     # Since 1.29 the runtime writes down what is run and tells its maker, unless forbidden before it loads.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    expected: tuple[type[Exception], ...] = (RefusalError, RuntimeError, ValueError, MemoryError, OSError)
+    expected: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError, OSError)
     with contextlib.suppress(ImportError):  # other runtimes do without it
         from onnxruntime.capi import onnxruntime_pybind11_state as native
 
@@ -1415,16 +1433,16 @@ def main() -> None:
         _alarm(request["limit_seconds"] + GRACE_SECONDS)
         try:
             answer, content = worker.verbs[request["verb"]](request, blob)
-        except expected as error:
-            kind = "" if isinstance(error, RefusalError) else f"{type(error).__name__}: "
-            answer, content = {"refused": f"{kind}{error}"}, b""
-        except Exception as error:  # an odd file met code that had not foreseen it: the process is sound
-            answer, content = {"refused": f"{type(error).__name__}: {error} ({raised_at(error)})"}, b""
-        _alarm(0)
+        except Exception as error:  # also one that was not foreseen, as of an odd file: the process is sound
+            answer, content = {"refused": refusal(error, expected)}, b""
+            if worker.runtime is not None and worker.runtime.spoilt(error):
+                answer["ends"] = True
+        # clearing up after a spoilt runtime may hang
+        _alarm(GRACE_SECONDS if "ends" in answer else 0)
         answers.write(pack(answer, len(content)))
         answers.write(content)
         answers.flush()
-        if request["verb"] == "bye":
+        if request["verb"] == "bye" or "ends" in answer:
             return
 
 

@@ -432,5 +432,7 @@ class WorkerDevice:
             hint = f" ({TOO_SLOW.format(self.timeout_seconds)})" if late else ""
             raise type(error)(f"{about}: {error}{hint}") from None
         if "refused" in answer.message:
+            if "ends" in answer.message:  # it goes, and what it held with it: the next call starts another
+                self.transport.stop()
             raise DeviceError(f"{about}: {answer.message['refused']}")
         return answer

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import signal
 import sys
@@ -7,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,7 +48,7 @@ Compute = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 class FakeTransport:
     """A worker out of a script: `faults` maps a verb to what befalls it, once."""
 
-    def __init__(self, faults: Mapping[str, str | WorkerLostError] | None = None) -> None:
+    def __init__(self, faults: Mapping[str, str | Mapping[str, Any] | WorkerLostError] | None = None) -> None:
         self.faults = dict(faults or {})
         self.running = False
         self.starts = 0
@@ -71,8 +74,10 @@ class FakeTransport:
         if isinstance(fault, WorkerLostError):
             self.running = False
             raise fault
-        if fault is not None:
+        if isinstance(fault, str):
             return Answer({"refused": fault}, b"")
+        if fault is not None:
+            return Answer(fault, b"")
         if verb == "hello":
             return Answer(
                 {
@@ -226,6 +231,17 @@ def test_a_refused_file_leaves_the_worker_running_and_nothing_behind(tiny: Path)
     assert transport.starts == 1
 
 
+def test_after_a_file_that_spoilt_the_runtime_the_next_one_has_a_new_worker(tiny: Path) -> None:
+    transport = FakeTransport({"time": {"refused": "CUDA error: device-side assert triggered", "ends": True}})
+    device = fake_device(transport)
+    with pytest.raises(DeviceError, match="device-side assert triggered") as caught:
+        device.measure(tiny)
+    assert type(caught.value) is DeviceError  # of this file, not a worker that was lost
+    assert transport.asked[-1][0] == "time"  # nothing is asked of a worker that goes
+    assert device.measure(tiny).latency_ms == pytest.approx(3)
+    assert transport.starts == 2
+
+
 def test_a_call_gets_what_is_left_of_the_time_limit(tiny: Path) -> None:
     transport = FakeTransport()
     fake_device(transport).measure(tiny)
@@ -315,31 +331,83 @@ def test_a_real_file_is_measured(cpu: WorkerDevice, tiny: Path) -> None:
     assert taken.fingerprint.runtime == f"onnxruntime {onnxruntime.__version__} (settings {SETTINGS})"
 
 
-def test_what_is_set_for_every_session_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries: dict[str, str] = {}
+CPU_EP = "CPUExecutionProvider"
+ENTRIES = {
+    "session.load_model_format": "ONNX",
+    "optimization.disable_specified_optimizers": "WeightBiasQuantization",
+    "session.qdqisint8allowed": "1",
+    "session.force_spinning_stop": "1",
+}
+ALONE = {"session.disable_cpu_ep_fallback": "1"}
+OPENVINO_CONFIG = {"CPU": {"INFERENCE_NUM_THREADS": "2", "INFERENCE_PRECISION_HINT": "f32"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "allow_fallback", "entries", "providers"),
+    [
+        ("cpu", False, ENTRIES, [CPU_EP]),
+        ("cuda", False, ENTRIES | ALONE, ["CUDAExecutionProvider"]),
+        ("cuda", True, ENTRIES, ["CUDAExecutionProvider", CPU_EP]),
+        ("tensorrt", False, ENTRIES | ALONE, ["TensorrtExecutionProvider"]),
+        ("tensorrt", True, ENTRIES, ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU_EP]),
+        ("openvino", False, ENTRIES | ALONE, [("core 0", {"load_config": json.dumps(OPENVINO_CONFIG)})]),
+        ("openvino", True, ENTRIES, [("core 0", {"load_config": json.dumps(OPENVINO_CONFIG)})]),
+    ],
+)
+def test_what_is_set_for_a_session_has_its_number(
+    target: str,
+    allow_fallback: bool,
+    entries: dict[str, str],
+    providers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted: dict[str, Any] = {"entries": {}, "attributes": {}, "providers": []}
 
     class Noting(onnxruntime.SessionOptions):  # type: ignore[misc]
         def add_session_config_entry(self, key: str, value: str) -> None:
-            entries[key] = value
+            noted["entries"][key] = value
             super().add_session_config_entry(key, value)
 
+        def add_provider_for_devices(self, devices: list[Any], options: dict[str, str]) -> None:
+            noted["providers"] += [(device.name, options) for device in devices]
+
+        def __setattr__(self, name: str, value: object) -> None:
+            noted["attributes"][name] = value
+            super().__setattr__(name, value)
+
+    class Session:
+        def __init__(self, _: bytes, options: object, **further: Any) -> None:
+            assert isinstance(options, Noting)
+            noted["providers"] += further.pop("providers", [])
+            noted["further"] = further
+
+        def get_providers(self) -> list[str]:
+            return [worker.PROVIDERS[target]]
+
+        def get_inputs(self) -> list[object]:
+            return []
+
+    def plugged(name: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            ep_name=worker.PROVIDERS["openvino"], device=SimpleNamespace(type="CPU"), name=name
+        )
+
+    present = [worker.PROVIDERS[name] for name in ("tensorrt", "cuda", "cpu")]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: present)
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda *_: None)
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [plugged("core 0"), plugged("core 1")])
     monkeypatch.setattr(onnxruntime, "SessionOptions", Noting)
-    OrtRuntime("cpu", 1).open(reference_model(), with_nodes=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(worker, "plugin_library", lambda _: Path("plugin.so"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    OrtRuntime(target, 2, allow_fallback=allow_fallback).open(b"", with_nodes=False)
+    attributes = {"intra_op_num_threads": 2, "inter_op_num_threads": 1, "log_severity_level": 3}
     # Whoever changes these raises SETTINGS: what was measured with others is another measurement.
-    assert (SETTINGS, entries) == (
-        2,
-        {
-            "session.load_model_format": "ONNX",
-            "optimization.disable_specified_optimizers": "WeightBiasQuantization",
-            "session.qdqisint8allowed": "1",
-            "session.force_spinning_stop": "1",
-        },
-    )
+    expected = {"entries": entries, "attributes": attributes, "providers": providers, "further": {}}
+    assert (SETTINGS, noted) == (2, expected)
 
 
 def test_a_bigger_network_has_the_bigger_ratio(cpu: WorkerDevice, tiny: Path, tmp_path: Path) -> None:
-    from nestling.profile.reference import reference_model
-
     same = tmp_path / "reference.onnx"
     same.write_bytes(reference_model())
     assert cpu.measure(tiny).ratio < cpu.measure(same).ratio / 2

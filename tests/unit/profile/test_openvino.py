@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
 
-from nestling.profile import DeviceError, WorkerDevice, connect
-from nestling.profile.openvino_runtime import computed_in
+from nestling.profile import DeviceError, WorkerDevice, connect, openvino_runtime
+from nestling.profile.openvino_runtime import SETTINGS, ForeignRuntime, computed_in
 from nestling.profile.reference import reference_model
 
 needed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
@@ -76,8 +78,29 @@ def test_a_file_that_is_none_is_refused(openvino: WorkerDevice, tiny: Path, tmp_
 def test_its_threads_are_those_of_the_address(openvino: WorkerDevice) -> None:
     assert openvino.fingerprint.device == "openvino:cpu?threads=1"
     assert openvino.fingerprint.runtime.startswith("openvino 20")
+    assert openvino.fingerprint.runtime.endswith(f" (settings {SETTINGS})")
     with pytest.raises(DeviceError, match="dtype='f16' must be one of: f32, bf16"):
         connect("openvino:cpu?dtype=f16")
+
+
+def test_how_openvino_is_told_to_compute_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(read_model=lambda model: model, compile_model=lambda *told: compiled.append(told))
+    fake = SimpleNamespace(__version__="2099.1.0-12345-abc", Core=lambda: core)
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    monkeypatch.setattr(openvino_runtime, "Session", lambda compiled: compiled)
+    compiled: list[tuple[object, ...]] = []
+    made = ForeignRuntime(2, {}, refusal=RuntimeError)
+    made.open(b"model", with_nodes=False)
+    assert made.name == f"openvino 2099.1.0 (settings {SETTINGS})"
+    # Whoever changes these raises SETTINGS: what was measured with others is another measurement.
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": 2,
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    assert (SETTINGS, compiled) == (1, [(b"model", "CPU", config)])
 
 
 @pytest.mark.parametrize(

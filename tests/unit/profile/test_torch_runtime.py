@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nestling.profile import DeviceError, connect, parse_address
 from nestling.profile.reference import reference_model
-from nestling.profile.torch_runtime import OPERATORS, ForeignRuntime
+from nestling.profile.torch_runtime import OPERATORS, SETTINGS, ForeignRuntime
 
 Array = NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -205,6 +205,46 @@ def test_factors_of_32_bits_are_rounded_where_the_address_asks_alone(
         part.allow_tf32 = not rounded
     runtime(dtype)
     assert [part.allow_tf32 for part in rounding] == [rounded, rounded]
+
+
+ASSERT = "CUDA error: device-side assert triggered"
+
+
+@pytest.mark.parametrize(
+    ("error", "answer_of_gpu", "spoilt"),
+    [
+        (RuntimeError(ASSERT), None, True),
+        (ValueError("node 'a' (Gather): IndexError: 7"), ASSERT, True),  # the GPU's own came too late
+        (ValueError("node 'a' (Gather): IndexError: 7"), None, False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB."), None, False),
+    ],
+)
+def test_a_failure_of_cuda_spoils_all_that_comes_after(
+    error: Exception, answer_of_gpu: str | None, spoilt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        if answer_of_gpu is not None:
+            raise RuntimeError(answer_of_gpu)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    made = runtime()
+    assert not made.spoilt(error)
+    made.device = torch.device("cuda")
+    assert made.spoilt(error) is spoilt
+
+
+def test_how_pytorch_is_told_to_compute_has_its_number(
+    rounding: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    made = runtime()
+    assert made.name == f"torch {torch.__version__} (settings {SETTINGS})"
+    # Whoever changes these raises SETTINGS: what was measured with others is another measurement.
+    told = (threads, made.dtype, made.graph, [part.allow_tf32 for part in rounding])
+    weight = made.open(reference_model(), with_nodes=False).weights["stem.weight"]
+    assert (SETTINGS, *told) == (1, [1], torch.float32, True, [False, False])
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rounded_factors_are_offered_on_gpus_alone() -> None:

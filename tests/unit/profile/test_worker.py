@@ -497,6 +497,9 @@ class ForeignRuntime:
 
     def facts(self):
         return {"int8_saturates": False}
+
+    def spoilt(self, error):
+        return "spoilt" in str(error)
 """
 """A runtime that says who it is."""
 
@@ -546,8 +549,41 @@ def test_an_error_that_nobody_foresaw_is_an_answer_and_the_worker_lives_on() -> 
     command = [sys.executable, "-P", worker.__file__]
     ended = subprocess.run(command, input=frames, capture_output=True, check=True)
     _, odd, *others = spoken(ended.stdout)
-    assert odd == {"refused": "KeyError: 'key' (nestling_mine_runtime, line 10)"}
+    assert odd == {"refused": "KeyError: 'key' (nestling_mine_runtime, line 13)"}
     assert others == [{}, {}]
+
+
+SPOILT = (
+    RUNTIME
+    + b"""
+    def open(self, model, *, with_nodes):
+        raise RuntimeError("the context is spoilt")
+"""
+)
+
+
+def test_a_worker_whose_runtime_is_spoilt_answers_and_ends() -> None:
+    requests = [
+        ({"verb": "hello", "engine": "mine", "runtime": "cpu", "threads": 1, "limit_seconds": 30}, SPOILT),
+        ({"verb": "load", "model": "m", "limit_seconds": 30}, b""),
+        ({"verb": "drop", "limit_seconds": 30}, b""),
+    ]
+    frames = b"".join(worker.pack(request, len(blob)) + blob for request, blob in requests)
+    command = [sys.executable, "-P", worker.__file__]
+    ended = subprocess.run(command, input=frames, capture_output=True, check=True)
+    _, *others = spoken(ended.stdout)
+    assert others == [{"refused": "RuntimeError: the context is spoilt", "ends": True}]
+
+
+@pytest.mark.parametrize(
+    ("text", "spoilt"),
+    [
+        ("Fail: CUDA failure 710: device-side assert triggered ; GPU=0 ; expr=cudaStreamSynchronize", True),
+        ("Fail: Failed to allocate memory for requested buffer of size 1099511627776", False),
+    ],
+)
+def test_onnx_runtime_is_spoilt_by_a_failure_of_cuda(text: str, spoilt: bool) -> None:
+    assert worker.OrtRuntime("cpu", 1).spoilt(RuntimeError(text)) is spoilt
 
 
 def test_events_of_a_profile_that_tell_little_are_kernels_all_the_same() -> None:
