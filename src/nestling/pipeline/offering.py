@@ -14,14 +14,14 @@ from nestling.config import ConfigError
 from nestling.models.building import build_shapes
 from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.listening import Listener
-from nestling.pipeline.policies import is_precision, kept_choices, quant_policy
+from nestling.pipeline.policies import is_precision, kept_choices, kept_layers, quant_policy
 from nestling.pipeline.precisions import probe, usable
 from nestling.pipeline.probes import WEIGHTED
 from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
-from nestling.quant import PRECISIONS, Unquantizable, covers
-from nestling.quant.layers import convolution_kind
-from nestling.quant.regions import activation_formats, is_integer
+from nestling.quant import PRECISIONS, Unquantizable, check_policy, covers
+from nestling.quant.layers import convolution_kind, kind_of
+from nestling.quant.regions import WEIGHT_AXES
 from nestling.space import SearchSpace, Value
 
 DRAWN_MIXES = 64
@@ -48,7 +48,8 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
     space = bench.given_space
     keep = bench.config.quant.keep
     asked = {choice.name: choice.values for choice in space.choices if is_precision(choice.name)}
-    kept_to = _kept(bench, space, list(asked)) if keep else {}
+    largest = _largest_graph(bench, space) if keep else None
+    kept_to = {} if largest is None else _kept(bench, list(asked), largest)
     asked = {name: values for name, values in asked.items() if name not in kept_to}
     named = (*asked.values(), tuple(keep.values()))
     names = list(dict.fromkeys(str(value) for values in named for value in values))
@@ -59,19 +60,20 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
         if kept_to:
             bench.run.write_json(OFFERED, {"kept": kept_to})
         return
-    why = _untraceable(bench, space)
-    if why is not None:
-        offered, dropped = _in_floats(asked, why)
+    largest = largest or _largest_graph(bench, space)
+    if isinstance(largest, Untraceable):
+        offered, dropped = _in_floats(asked, largest)
         _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
         return
-    kinds = layer_kinds(bench, space, list(asked))
-    needed = [kind for kind in WEIGHTED if keep or any(kind in found for found in kinds.values())]
+    kinds, kept_kinds = layer_kinds(bench, space, list(asked)), _kept_kinds(largest, keep)
+    concerned = frozenset(chain(*kinds.values(), *kept_kinds.values()))
+    needed = [kind for kind in WEIGHTED if kind in concerned]
     store = MeasurementStore(bench.run.folder / "measurements.db")
     findings = probe(bench.device, names, kinds=needed, store=store)
     config = bench.config.search
     timed = "latency_ms" in (*config.objectives, *config.limits)
     for layer, precision in keep.items():
-        _, gone = usable([precision], findings, kinds=WEIGHTED, research=not timed)
+        _, gone = usable([precision], findings, kinds=kept_kinds[layer], research=not timed)
         if gone:
             raise ConfigError(
                 f"quant.keep: {bench.device.name} cannot use {precision!r} for {layer!r}: {gone[precision]}"
@@ -87,16 +89,19 @@ def offer_precisions(bench: Workbench, *, listener: Listener) -> None:
         if gone:
             offered[name], dropped[name] = list(kept), gone
     left: dict[str, Sequence[Value]] = {**asked, **{name: (kept,) for name, kept in kept_to.items()}}
-    warning = _mixed_signs(bench, space, {**left, **offered})
+    warning = _mixed_signs(bench, space, {**left, **offered}, graph=largest)
     if warning is not None:
         listener.note(warning)
     _settle(bench, offered=offered, dropped=dropped, kept_to=kept_to, listener=listener)
 
 
-def _mixed_signs(bench: Workbench, space: SearchSpace, left: Mapping[str, Sequence[Value]]) -> str | None:
+def _mixed_signs(
+    bench: Workbench, space: SearchSpace, left: Mapping[str, Sequence[Value]], *, graph: Graph
+) -> str | None:
     """What to say of mixes of the precisions that are `left` of which no file is made; None where all can be.
 
-    Of signed activations beside unsigned ones, that is; mixes of the largest network's are drawn and tried.
+    Of signed activations beside unsigned ones, that is; mixes of the largest network, whose `graph` it is,
+    are drawn and tried.
 
     Raises:
         ConfigError: nearly all mixes are such.
@@ -105,14 +110,13 @@ def _mixed_signs(bench: Workbench, space: SearchSpace, left: Mapping[str, Sequen
     formats = (PRECISIONS[str(value)].activation for value in chain(*left.values(), keep.values()))
     if len({format.signed for format in formats if format is not None}) < 2:
         return None
-    graph, largest = _largest_graph(bench, space), bench.fitted(space).largest
+    largest = bench.fitted(space).largest
     rng, failed, why = random.Random(bench.config.seed), 0, ""
     for _ in range(DRAWN_MIXES):
         mix = {name: rng.choice(values) for name, values in left.items()}
         policy = quant_policy(bench.family, {**largest, **mix}, graph, keep=keep)
-        integer = [operator for operator in graph.operators if is_integer(operator, policy)]
         try:
-            activation_formats(graph, integer, policy)
+            check_policy(graph, policy)
         except Unquantizable as error:
             failed, why = failed + 1, why or str(error)
     if not failed:
@@ -165,15 +169,6 @@ def _in_floats(
     return {name: ["fp32"] for name in dropped}, dropped
 
 
-def _untraceable(bench: Workbench, space: SearchSpace) -> Untraceable | None:
-    """Why the largest network of `space` cannot be quantized; None where it can."""
-    try:
-        _largest_graph(bench, space)
-    except Untraceable as error:
-        return error.with_traceback(None)
-    return None
-
-
 def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, frozenset[str]]:
     """Precision choice -> the kinds of layers with weights that it governs in the largest network.
 
@@ -196,7 +191,18 @@ def layer_kinds(bench: Workbench, space: SearchSpace, choices: list[str]) -> dic
     return found
 
 
-def _kept(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str, str]:
+def _kept_kinds(graph: Graph, keep: Mapping[str, str]) -> dict[str, frozenset[str]]:
+    """What `quant.keep` names -> the kinds of layers with weights of `graph` that it decides about."""
+    kinds: dict[str, set[str]] = {named: set() for named in keep}
+    decided = {layer: named for named in keep for layer in kept_layers(graph, {named: keep[named]})}
+    for operator in graph.operators:
+        if operator.layer in decided and operator.kind in WEIGHT_AXES and operator.weight is not None:
+            # a linear layer's, over rows of numbers
+            kinds[decided[operator.layer]].add("Gemm" if operator.kind == "MatMul" else kind_of(operator))
+    return {named: frozenset(found) for named, found in kinds.items()}
+
+
+def _kept(bench: Workbench, choices: list[str], largest: Graph | Untraceable) -> dict[str, str]:
     """Those of `choices` of which the configuration keeps every layer -> the precision of these.
 
     None where the largest network cannot be traced: all of it is in fp32.
@@ -206,25 +212,22 @@ def _kept(bench: Workbench, space: SearchSpace, choices: list[str]) -> dict[str,
             largest network cannot be traced.
     """
     keep = bench.config.quant.keep
-    try:
-        graph = _largest_graph(bench, space)
-    except Untraceable as why:
-        asked = next(((layer, precision) for layer, precision in keep.items() if precision != "fp32"), None)
-        if asked is not None:
-            raise ConfigError(
-                f"quant.keep: {asked[0]} is {asked[1]!r}, but {why}; torch.onnx.export writes such networks, "
-                "in floats: keep it in 'fp32'"
-            ) from why
-        return {}
-    return kept_choices(bench.family, choices, graph, keep=keep)
+    if isinstance(largest, Graph):
+        return kept_choices(bench.family, choices, largest, keep=keep)
+    asked = next(((layer, precision) for layer, precision in keep.items() if precision != "fp32"), None)
+    if asked is not None:
+        raise ConfigError(
+            f"quant.keep: {asked[0]} is {asked[1]!r}, but {largest}; torch.onnx.export writes such networks, "
+            "in floats: keep it in 'fp32'"
+        ) from largest
+    return {}
 
 
-def _largest_graph(bench: Workbench, space: SearchSpace) -> Graph:
-    """The graph of the largest network of `space`, its weights random ones.
-
-    Raises:
-        Untraceable: it has none.
-    """
+def _largest_graph(bench: Workbench, space: SearchSpace) -> Graph | Untraceable:
+    """The graph of the largest network of `space`, its weights random ones, or why it has none."""
     largest = bench.fitted(space).largest
-    with torch.random.fork_rng(devices=[]):
-        return trace(bench.family.build(largest).eval(), resolution=bench.resolution(largest))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return trace(bench.family.build(largest).eval(), resolution=bench.resolution(largest))
+    except Untraceable as error:
+        return error.with_traceback(None)

@@ -8,7 +8,7 @@ from nestling.quant.observing import observe
 from nestling.quant.placing import place
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy, covers, most_exact
 from nestling.quant.qdq import insert_qdq, with_integers
-from nestling.quant.quantizing import Quantized, Recipe, quantize
+from nestling.quant.quantizing import Quantized, Recipe, check_policy, quantize
 from nestling.quant.ranges import Range, Unquantizable
 from nestling.quant.size import weight_bits
 
@@ -22,6 +22,7 @@ __all__ = [
     "Recipe",
     "Simulation",
     "Unquantizable",
+    "check_policy",
     "covers",
     "halve",
     "insert_qdq",

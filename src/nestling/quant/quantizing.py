@@ -96,7 +96,8 @@ def quantize(
         kept: statistics of another policy of this network and these images; the result is the same.
 
     Raises:
-        Unquantizable: activations that are not finite, or constants that 16 bits cannot hold.
+        Unquantizable: activations that are not finite, constants that 16 bits cannot hold, or an operator
+            between signed and unsigned integers.
         ValueError: no images.
     """
     how = recipe or Recipe()
@@ -142,6 +143,16 @@ _EVERYWHERE = QuantPolicy((("", "w8a8"),))
 def prepared(graph: Graph, policy: QuantPolicy) -> Graph:
     """`graph` with the operators and casts that its precisions need, its weights as they are."""
     return halve(split_gates(graph, policy), policy)
+
+
+def check_policy(graph: Graph, policy: QuantPolicy) -> None:
+    """Refuses a policy of which `quantize` makes nothing, whatever the images are.
+
+    Raises:
+        Unquantizable: as `quantize`: an operator between signed and unsigned integers, or constants that 16
+            bits cannot hold.
+    """
+    needed(prepared(graph, policy), policy)
 
 
 def _stored(operator: Operator, policy: QuantPolicy) -> Tensor | None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nestling.config import ConfigError, load_config
+from nestling.models.graph import Graph
 from nestling.pipeline import Silent, offering
 from nestling.pipeline.offering import layer_kinds, offer_precisions
 from nestling.pipeline.precisions import Finding
 from nestling.pipeline.workbench import OFFERED, Workbench
+from nestling.quant import QuantPolicy, Unquantizable, check_policy, quantize
 from nestling.run import Run
 from nestling.space import load_space
 
@@ -180,6 +182,39 @@ def test_of_networks_that_cannot_be_traced_no_layer_is_kept_in_few_bits(tmp_path
         offer_precisions(bench, listener=Silent())
 
 
+@pytest.mark.parametrize(("kept", "refused"), [("first", False), ("conv_stem", False), ("blocks", True)])
+def test_a_kept_layer_is_judged_by_layers_of_its_own_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, refused: bool
+) -> None:
+    _refusing(monkeypatch, "depthwise Conv", "grouped Conv")
+    config = load_config(TESTS / "toy.toml", overrides=[f'quant.keep={{{kept} = "w8a8"}}'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    if refused:
+        with pytest.raises(ConfigError, match=r"cannot use 'w8a8' for 'blocks': depthwise Conv is refused"):
+            offer_precisions(bench, listener=Silent())
+    else:
+        offer_precisions(bench, listener=Silent())
+        assert "stem.precision" in bench.run.read_json(OFFERED)["kept"]
+
+
+def test_of_kept_layers_only_the_kinds_that_there_are_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def probe(*_: Any, kinds: list[str], **__: Any) -> tuple[Finding, ...]:
+        tried.extend(kinds)
+        return tuple(Finding("w8a8", kind, "executed", "so") for kind in kinds)
+
+    monkeypatch.setattr(offering, "probe", probe)
+    config = load_config(TESTS / "toy.toml", overrides=['quant.keep=["first"]'])
+    bench = Workbench(Run.create(tmp_path / "run", config))
+    vars(bench)["device"] = NoDevice()
+    offer_precisions(bench, listener=Silent())
+    assert tried == ["Conv", "depthwise Conv", "Gemm"]
+
+
 def _offering(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,6 +223,7 @@ def _offering(
     s1: list[str],
     head: list[str],
     refused: tuple[str, ...] = (),
+    act: str = "relu",
 ) -> tuple[Workbench, list[str]]:
     """The run after its precisions were settled on a device that refuses only `refused`, and the notes."""
     executed = [Finding("w8a8", kind, "executed", "so", 0.0) for kind in ("Conv", "depthwise Conv", "Gemm")]
@@ -195,7 +231,9 @@ def _offering(
     monkeypatch.setattr(offering, "probe", lambda *_, **__: tuple(findings))
     bench = Workbench(Run.create(folder, load_config(TESTS / "toy.toml")))
     values = {"stem.precision": stem, "s1.precision": s1, "head.precision": head}
-    space = load_space(TESTS / "toy_space.toml")
+    given = folder.parent / "given.toml"
+    given.write_text((TESTS / "toy_space.toml").read_text().replace('act = "relu"', f'act = "{act}"'))
+    space = load_space(given)
     choices = tuple(
         replace(choice, values=tuple(values[choice.name])) if choice.name in values else choice
         for choice in space.choices
@@ -230,6 +268,40 @@ def test_a_space_of_which_every_mix_puts_signed_beside_unsigned_activations_is_r
 ) -> None:
     with pytest.raises(ConfigError, match=r"64 of 64 drawn mixes .* offer signed or unsigned activations"):
         _offering(tmp_path / "run", monkeypatch, stem=["w8a8-signed"], s1=["w8a8"], head=UNSIGNED)
+
+
+def test_hard_swishes_are_tried_as_the_products_that_they_are_in_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed, unsigned = SIGNED[:1], UNSIGNED[:1]
+    with pytest.raises(ConfigError, match=r"64 of 64 drawn mixes"):
+        _offering(tmp_path / "run", monkeypatch, stem=signed, s1=unsigned, head=unsigned, act="hard_swish")
+
+
+@pytest.mark.parametrize("act", ["relu", "hard_swish"])
+def test_mixes_that_are_told_are_those_of_which_no_candidate_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    tried: list[tuple[Graph, QuantPolicy]] = []
+
+    def keep(graph: Graph, policy: QuantPolicy) -> None:
+        tried.append((graph, policy))
+        check_policy(graph, policy)
+
+    monkeypatch.setattr(offering, "check_policy", keep)
+    monkeypatch.setattr(offering, "DRAWN_MIXES", 12)
+    _, [note] = _offering(tmp_path / "run", monkeypatch, stem=BOTH, s1=BOTH, head=BOTH, act=act)
+    assert {operator.kind for operator in tried[0][0].operators} >= {
+        {"relu": "Relu", "hard_swish": "HardSwish"}[act]
+    }
+    refused = 0
+    for graph, policy in tried:
+        try:
+            quantize(graph, policy, [torch.randn(1, 3, graph.resolution, graph.resolution)])
+        except Unquantizable:
+            refused += 1
+    assert note.startswith(f"{refused} of 12 ")
+    assert 0 < refused < 12
 
 
 def test_a_precision_that_the_device_drops_is_beside_no_other(
