@@ -11,6 +11,8 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from nestling.config import ConfigError
@@ -27,6 +29,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Measurement
 from nestling.profile.held_out import by_macs, by_model, by_table, held_out, qualities
 from nestling.profile.prediction import LEAST, Description, LatencyModel, describe, fit, predict
+from nestling.quant import Unquantizable, check_policy
 from nestling.run import RunError
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -37,6 +40,8 @@ MEASURED = "latency_measured.json"
 MODEL = "latency_model.json"
 PARTS = 5
 """Groups of networks that are left out in turn."""
+DRAWN_FOR_ONE = 16
+"""Archs that are drawn at most for each that is measured, where some mixes of precisions cannot be had."""
 MOST_REFUSALS = 3
 """Networks in a row that the device may refuse, or be lost on."""
 
@@ -150,6 +155,8 @@ def learn_latency(
             try:
                 _measure(bench, arch, known)
                 refused = 0
+            except Unquantizable as error:  # which says nothing of the device
+                listener.note(f"{arch.key} left out: {error}")
             except (DeviceError, EvaluationFailed, ExportMismatch) as error:
                 refused += 1
                 listener.note(f"{arch.key} left out: {error}")
@@ -165,16 +172,35 @@ def learn_latency(
 def spread(bench: Workbench, count: int) -> list[Arch]:
     """`count` archs of the run's space, or somewhat fewer, cheapest first; the same each time.
 
-    Those of a space whose networks all have the same multiply-accumulates are drawn at random.
+    Those of a space whose networks all have the same multiply-accumulates are drawn at random. Mixes of
+    precisions of which no file is made are not among them.
     """
     space, rng = bench.space, random.Random(bench.config.seed)
     lowest, highest = bench.macs(space.smallest), bench.macs(space.largest)
+    can_be_had = partial(_can_be_had, bench)
     if not 0 < lowest < highest:
-        return list(dict.fromkeys(space.sample(rng) for _ in range(count)))
+        drawn = (space.sample(rng) for _ in range(DRAWN_FOR_ONE * count))
+        return list(dict.fromkeys(islice(filter(can_be_had, drawn), count)))
     # 1 above the logarithm, as a cost must be above 0
     return stratified(
-        space, lambda arch: 1 + math.log(bench.macs(arch) / lowest), count, seed=bench.config.seed
+        space,
+        lambda arch: 1 + math.log(bench.macs(arch) / lowest),
+        count,
+        seed=bench.config.seed,
+        allowed=can_be_had,
     )
+
+
+def _can_be_had(bench: Workbench, arch: Arch) -> bool:
+    """Whether the precisions of `arch` can stand beside one another, so that there is a file to measure."""
+    try:
+        graph = shapes_graph(bench.family, arch)
+        check_policy(graph, quant_policy(bench.family, arch, graph, keep=bench.config.quant.keep))
+    except Unquantizable:
+        return False
+    except Untraceable:  # which measuring refuses, with what to do
+        return True
+    return True
 
 
 def _known(bench: Workbench) -> dict[str, Any]:
@@ -241,6 +267,8 @@ def _measure_blocks(bench: Workbench, known: dict[str, Any], listener: Listener)
                 bench.device, bench.family, arch, keep=bench.config.quant.keep, known=passed, on_block=keep
             )
             refused = 0
+        except Unquantizable as error:  # alone, a block may stand between other integers than in its network
+            listener.note(f"blocks of {arch.key} left out: {error}")
         except (DeviceError, EvaluationFailed) as error:
             refused += 1
             listener.note(f"blocks of {arch.key} left out: {error}")

@@ -86,6 +86,7 @@ def measure_network(
         EvaluationFailed: it is refused, or the device is lost, while it is timed.
         ExportMismatch: the device computes it in other precisions than asked for.
         Untraceable: it has no graph.
+        Unquantizable: no file is made of it in its precisions.
         ValueError: an unknown precision, or one for research.
     """
     graph = untrained_graph(family, arch)
@@ -120,7 +121,8 @@ def measure_blocks(
         on_block: hears of each block as soon as it was measured.
 
     Raises:
-        DeviceError, EvaluationFailed, Untraceable, ValueError: as `measure_network`.
+        DeviceError, EvaluationFailed, Untraceable, Unquantizable, ValueError: as `measure_network`; a block
+            alone may be unquantizable where its network is not.
     """
     graph = untrained_graph(family, arch)
     policy = quant_policy(family, arch, graph, keep=keep)

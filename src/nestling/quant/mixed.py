@@ -73,6 +73,8 @@ def _held_in(floats: Floats, constant: Tensor | None, *, of: Operator) -> Tensor
     if constant is None or floats == "float32":
         return constant
     converted = constant.detach().to(TYPES[floats])
+    if converted.is_meta:  # of a graph without numbers
+        return converted
     if not converted.isfinite().all() and constant.isfinite().all():
         largest = float(constant.abs().max())
         raise Unquantizable(

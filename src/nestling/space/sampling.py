@@ -27,6 +27,7 @@ CostOf = Callable[[Arch], float]
 _TRIES = 32
 _REPEAT = 8  # tries that an arch seen before counts for: there are few near the bin
 _PROPOSALS = 64
+_DRAWN_FROM_A_BIN = 16  # archs, until one is allowed
 _SAMPLES_PER_TILT = 16
 _COSTS_KEPT = 4096
 _RIDGE = 0.03
@@ -174,17 +175,27 @@ def cost_uniform(
     return CostSampler(space, known, edges, model, _fitted_tilts(space, model, centres, rng))
 
 
-def stratified(space: SearchSpace, cost: CostOf, count: int, *, seed: int = 0) -> list[Arch]:
+def stratified(
+    space: SearchSpace,
+    cost: CostOf,
+    count: int,
+    *,
+    seed: int = 0,
+    allowed: Callable[[Arch], bool] = lambda _: True,
+) -> list[Arch]:
     """`count` archs, one from each of `count` equal cost bins, cheapest first; the same for the same `seed`.
 
-    Fewer where bins are empty: an arch is listed once.
+    Fewer where bins are empty, or none of some archs drawn from one is `allowed`: an arch is listed once.
 
     Raises:
         ValueError: see `cost_uniform`.
     """
     rng = random.Random(seed)
     sampler = cost_uniform(space, cost, rng=rng, bins=count)
-    archs = dict.fromkeys(sampler.within(index, rng) for index in range(count))
+    archs: dict[Arch, None] = {}
+    for index in range(count):
+        drawn = (sampler.within(index, rng) for _ in range(_DRAWN_FROM_A_BIN))
+        archs |= dict.fromkeys(itertools.islice(filter(allowed, drawn), 1))
     return sorted(archs, key=sampler.cost)
 
 

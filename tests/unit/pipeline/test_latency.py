@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice, connect
 from nestling.profile.prediction import Description
-from nestling.quant import QuantPolicy
+from nestling.quant import QuantPolicy, Unquantizable, check_policy
 from nestling.run import Run, RunError
 from nestling.search import EvaluationFailed
 from nestling.space import Arch, SearchSpace, load_space
@@ -212,11 +213,42 @@ def test_networks_on_which_the_device_fails_are_left_out(
     assert learn(monkeypatch, folder, measuring)["networks"] == len(drawn(18)) - 2
 
 
+def test_networks_of_which_no_file_is_made_are_left_out_and_say_nothing_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    measuring = Measuring(refuses=Unquantizable("between signed and unsigned integers"), refusals=3)
+    assert learn(monkeypatch, folder, measuring)["networks"] == len(drawn(18)) - 3
+
+
+MIXING = ["w8a8", "w8a8-signed", "fp32"]
+
+
+@pytest.mark.parametrize("same_macs", [False, True])
+def test_networks_that_are_measured_can_all_be_written(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, same_macs: bool
+) -> None:
+    bench = open_run(folder)
+    places = ["stem.precision", "s1.precision", "head.precision"]
+    choices = tuple(
+        replace(choice, values=tuple(MIXING)) if choice.name in places else choice
+        for choice in bench.space.choices
+    )
+    vars(bench)["space"] = replace(bench.space, choices=choices)
+    counted = (lambda _: 1) if same_macs else (lambda arch: arch["s1.width"] * arch["resolution"] ** 2)
+    monkeypatch.setattr(Workbench, "macs", lambda _, arch: counted(arch))
+    found = real_spread(bench, 6)
+    assert len(found) >= 3
+    for arch in found:
+        graph = untrained_graph(bench.family, arch)
+        check_policy(graph, quant_policy(bench.family, arch, graph))
+
+
 class BlockByBlock:
     """Stands for `measure_blocks`: a network has one block, its own; failures and restless ones first."""
 
-    def __init__(self, *, restless: int = 0, failures: int = 0) -> None:
+    def __init__(self, *, restless: int = 0, failures: int = 0, failure: Exception | None = None) -> None:
         self.restless, self.failures = restless, failures
+        self.failure = failure or EvaluationFailed("the worker was ended by SIGSEGV")
         self.asked: list[str] = []
 
     def __call__(
@@ -227,7 +259,7 @@ class BlockByBlock:
             return
         self.asked.append(arch.key)
         if len(self.asked) <= self.failures:
-            raise EvaluationFailed("the worker was ended by SIGSEGV")
+            raise self.failure
         second = 0.009 if len(self.asked) <= self.restless + self.failures else 0.002
         on_block(arch.key, Measurement(HERE, (0.002, second) * 10, (0.002,) * 20, 0.1, 0.1))
 
@@ -267,6 +299,14 @@ def test_blocks_on_which_the_device_fails_are_left_out_and_three_networks_in_a_r
     (folder / "latency_measured.json").unlink()
     with pytest.raises(EvaluationFailed, match="SIGSEGV"):
         learn_blocks(monkeypatch, folder, BlockByBlock(failures=3))
+
+
+def test_blocks_of_which_no_file_is_made_say_nothing_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    by_block = BlockByBlock(failures=4, failure=Unquantizable("between signed and unsigned integers"))
+    measured, told = learn_blocks(monkeypatch, folder, by_block)
+    assert len(measured["blocks"]) == told == len(by_block.asked) - 4
 
 
 def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -57,6 +57,17 @@ def test_casts_stand_at_the_borders_of_a_region_only(graph: Graph) -> None:
     ]
 
 
+def test_a_graph_without_numbers_is_halved_too() -> None:
+    with torch.device("meta"):
+        network, image = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval(), torch.empty(1, 3, 8, 8)
+        graph = trace(network, resolution=8, image=image)
+    halved = halve(graph, QuantPolicy((("0", "fp16"),)))
+    assert [operator.constant().dtype for operator in halved.operators if operator.weight is not None] == [
+        torch.float16
+    ]
+    assert len(casts(halved)) == 2
+
+
 def test_two_kinds_of_halves_may_meet(graph: Graph, images: Tensor) -> None:
     halved = halve(graph, QuantPolicy((("a", "fp16"), ("b", "bf16"))))
     assert ("a.act2/Relu", "a.act2/Relu.bfloat16") in casts(halved)

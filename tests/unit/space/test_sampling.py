@@ -144,6 +144,14 @@ def test_stratified_archs_stand_one_in_each_bin_of_cost() -> None:
     assert archs != stratified(space(), macs, 6, seed=1)
 
 
+def test_of_each_bin_the_first_arch_that_is_allowed_is_drawn() -> None:
+    free = stratified(space(), macs, 6)
+    left = stratified(space(), macs, 6, allowed=lambda arch: arch not in free)
+    assert len(left) >= 4
+    assert not set(left) & set(free)
+    assert stratified(space(), macs, 6, allowed=lambda _: False) == []
+
+
 @pytest.mark.parametrize(
     ("cost", "message"),
     [
