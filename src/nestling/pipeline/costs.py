@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,7 @@ from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
-from nestling.quant import Recipe, quantize
+from nestling.quant import Recipe, Unquantizable, quantize
 from nestling.search import InfeasibleLimit, Problem
 from nestling.search.encoding import Codes, Encoding
 from nestling.search.learned import Learned, cheapest, learn
@@ -48,11 +49,13 @@ OFF_AT_MOST = 0.1
 """Median error on archs it was not shown up to which a stand-in takes the place of learning from trials."""
 GOOD_TAU = 0.8
 """Kendall's tau on networks that were left out, from which on a latency model is believed."""
-TRIED_CHEAPEST = 5
+TRIED_CHEAPEST, LOOKED_AT = 5, 50
+"""Of so many archs that look cheapest the first ones that can be had are tried, before a limit is refused."""
 SPARED = 0.02
 """A limit this much below the least cost that was found is not refused: something less may be there."""
 
-Ask = Callable[[Arch], float]
+Ask = Callable[[Arch], float | None]
+"""What is computed of an arch; None where no file is made of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,13 @@ def known_costs(bench: Workbench, *, listener: Listener, asked: Problem | None =
         kept = _Kept(bench, metric, ask)
         try:
             learned = kept.learned(metric, asked.space)
+            if metric != "mmacs":  # they are least in the smallest network, which was looked at
+                _refuse_infeasible(asked, metric, learned, kept)
+        except InfeasibleLimit:
+            raise
         except (Untraceable, ValueError) as error:
             listener.note(f"{metric} is learnt from the candidates, it cannot be computed: {error}")
             continue
-        if metric != "mmacs":  # they are least in the smallest network, which was looked at
-            _refuse_infeasible(asked, metric, learned, kept)
         if learned.typical > OFF_AT_MOST:
             listener.note(
                 f"{metric} is learnt from the candidates: what was computed of {len(learned.known)} networks "
@@ -123,10 +128,10 @@ class _Kept:
 
     def __init__(self, bench: Workbench, name: str, ask: Ask) -> None:
         self._bench, self._name, self._ask = bench, name, ask
-        self._known: dict[str, float] = (bench.run.read_json(COSTS) or {}).get(name, {})
+        self._known: dict[str, float | None] = (bench.run.read_json(COSTS) or {}).get(name, {})
         self._new = 0
 
-    def __call__(self, arch: Arch) -> float:
+    def __call__(self, arch: Arch) -> float | None:
         if arch.key not in self._known:
             self._known[arch.key] = self._ask(arch)
             self._new += 1
@@ -146,8 +151,9 @@ class _Kept:
         self.keep()
         return found
 
-    def _per_pixel(self, arch: Arch) -> float:
-        return self(arch) / self._bench.resolution(arch) ** 2
+    def _per_pixel(self, arch: Arch) -> float | None:
+        found = self(arch)
+        return None if found is None else found / self._bench.resolution(arch) ** 2
 
     def keep(self) -> None:
         """Writes what is known."""
@@ -161,9 +167,16 @@ class _Kept:
 def _computed(bench: Workbench) -> dict[str, Ask]:
     return {
         "mmacs": lambda arch: bench.macs(arch) / 1e6,
-        "size_mb": lambda arch: file_costs(bench, arch)["size_mb"],
-        "peak_mb": lambda arch: file_costs(bench, arch)["peak_mb"],
+        "size_mb": lambda arch: _of_file(bench, arch, "size_mb"),
+        "peak_mb": lambda arch: _of_file(bench, arch, "peak_mb"),
     }
+
+
+def _of_file(bench: Workbench, arch: Arch, metric: str) -> float | None:
+    try:
+        return file_costs(bench, arch)[metric]
+    except Unquantizable:  # such as signed beside unsigned activations: a candidate that fails, one of many
+        return None
 
 
 def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
@@ -173,6 +186,7 @@ def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
 
     Raises:
         Untraceable: its graph cannot be told.
+        Unquantizable: no file is made of it in its precisions.
     """
     resolution = bench.resolution(arch)
     with torch.random.fork_rng(devices=[]):
@@ -198,16 +212,20 @@ def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:
 def _refuse_infeasible(asked: Problem, metric: str, learned: Learned, ask: _Kept) -> None:
     """Refuses a limit on `metric` that the cheapest archs do not keep.
 
+    Those of which no file is made are passed over; where that is all that look cheapest, nothing is refused.
+
     Raises:
         InfeasibleLimit: see there.
     """
     limit = next((limit for limit in asked.limits if limit.metric == metric), None)
     if limit is None or any(value <= limit.bound for value in learned.known.values()):
         return
-    cost, arch = min(
-        ((ask(arch), arch) for arch in cheapest(asked.space, learned, count=TRIED_CHEAPEST)), key=_first
-    )
+    told = ((ask(arch), arch) for arch in cheapest(asked.space, learned, count=LOOKED_AT))
+    tried = list(islice(((cost, arch) for cost, arch in told if cost is not None), TRIED_CHEAPEST))
     ask.keep()
+    if not tried:
+        return
+    cost, arch = min(tried, key=_first)
     if limit.bound < (1 - SPARED) * cost:
         raise InfeasibleLimit(
             f"no network can keep {limit}: the least {metric} that was found in the space is {cost:.4g} "

@@ -20,6 +20,8 @@ from nestling.search.gaussian import Posterior, fit
 from nestling.space import Arch, SearchSpace
 
 SAMPLES = 300
+LEAST = 10
+"""Values from which a stand-in can be learned, of a space that has more archs than are asked for."""
 HELD_OUT = 0.2
 POPULATION, GENERATIONS = 100, 40
 """Of the evolution that looks for the cheapest archs."""
@@ -52,18 +54,20 @@ class Learned:
 
 
 def learn(
-    space: SearchSpace, function: Callable[[Arch], float], *, samples: int = SAMPLES, seed: int = 0
+    space: SearchSpace, function: Callable[[Arch], float | None], *, samples: int = SAMPLES, seed: int = 0
 ) -> Learned:
     """A stand-in for `function`, which is asked `samples` times, for archs of every size.
 
     The error is that on a fifth of them, learned from the rest; then all are learned from. Of a space that
-    has no more archs than `samples` all are asked for, and the error is 0.
+    has no more archs than `samples` all are asked for, and the error is 0. Archs of which the function gives
+    None are passed over.
 
     Raises:
-        ValueError: fewer than 10 samples, or a value that is not finite.
+        ValueError: fewer than 10 samples, or a value that is not finite; or fewer than 10 values of a larger
+            space, or none at all.
     """
-    if samples < 10:
-        raise ValueError(f"{samples} samples; give at least 10")
+    if samples < LEAST:
+        raise ValueError(f"{samples} samples; give at least {LEAST}")
     encoding = Encoding(space)
     rng = np.random.default_rng(seed)
     # of every size, and with small beside large: the one teaches the range, the other the products
@@ -75,7 +79,12 @@ def learn(
     codes = np.unique(codes, axis=0)
     codes = codes[rng.permutation(len(codes))]
     archs = encoding.archs(codes)
-    values = np.array([function(arch) for arch in archs], dtype=np.float64)
+    given = [function(arch) for arch in archs]
+    had = [place for place, value in enumerate(given) if value is not None]
+    if len(had) < (1 if whole else LEAST):
+        raise ValueError(f"only {len(had)} of {len(archs)} archs have a value")
+    codes, archs = codes[had], [archs[place] for place in had]
+    values = np.array([given[place] for place in had], dtype=np.float64)
     if not np.isfinite(values).all():
         place = int(np.argmin(np.isfinite(values)))
         raise ValueError(f"arch {archs[place].to_json()} has the value {values[place]}; it must be finite")

@@ -19,6 +19,7 @@ from nestling.pipeline.costs import COSTS, file_costs, known_costs
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint
+from nestling.quant import Unquantizable
 from nestling.run import Run
 from nestling.search import InfeasibleLimit, Problem
 from nestling.search.encoding import Encoding
@@ -157,6 +158,43 @@ def test_a_limit_below_the_least_size_is_refused_with_that_size(
         known_costs(bench, listener=Silent())
     bench = opened(folder, limits={"size_mb": 0.0201})
     assert known_costs(bench, listener=Silent()).exact.keys() == {"size_mb"}
+
+
+def test_archs_of_which_no_file_is_made_take_nothing_from_what_is_known_of_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costs_of_file(_: Any, arch: Arch) -> dict[str, float]:
+        if arch["s1.width"] == 8 and arch["s1.precision"] == "w8a8":  # the cheapest ones
+            raise Unquantizable("between signed and unsigned integers")
+        size = 0.01 * arch.integer("s1.width") + (0.01 if arch["s1.precision"] == "fp32" else 0.0)
+        return {"size_mb": size + 0.001 * arch.integer("s1.depth")}
+
+    monkeypatch.setattr(costs, "file_costs", costs_of_file)
+    monkeypatch.setattr(Workbench, "macs", toy_macs)
+    bench, listener = opened(folder, objectives=("top1", "size_mb"), limits={"size_mb": 0.092}), Noting()
+    assert "size_mb" in known_costs(bench, listener=listener).exact
+    assert any("size_mb is computed, not learnt" in note for note in listener.notes)
+    assert None in json.loads((folder / COSTS).read_text())["size_mb"].values()
+
+
+def test_a_limit_is_refused_by_the_cheapest_archs_that_can_be_had(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def size(arch: Arch) -> float | None:
+        # that of the cheapest of all is not known
+        return None if arch["s1.width"] == arch["resolution"] == 8 else 0.001 * arch.integer("resolution")
+
+    monkeypatch.setattr(costs, "_computed", lambda _: {"size_mb": size})
+    with pytest.raises(InfeasibleLimit, match=r"the least .* is 0\.008 "):
+        known_costs(opened(folder, limits={"size_mb": 0.007}), listener=Silent())
+
+
+def test_the_costs_of_a_mix_that_cannot_be_had_are_none(folder: Path) -> None:
+    bench = opened(folder)
+    mixed = Arch.from_json(json.dumps({**bench.space.smallest, "stem.precision": "w8a8-signed"}))
+    computed = costs._computed(bench)
+    assert computed["size_mb"](mixed) is None
+    assert computed["peak_mb"](mixed) is None
 
 
 def test_a_cost_that_cannot_be_told_from_some_is_learnt(

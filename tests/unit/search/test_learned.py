@@ -58,6 +58,25 @@ def test_too_few_samples_and_values_that_are_no_numbers_are_refused() -> None:
         learn(blocks(), lambda arch: cost(arch) * float("inf"), samples=10)
 
 
+def test_archs_without_a_value_are_passed_over() -> None:
+    space = blocks()
+
+    def some(arch: Arch) -> float | None:
+        return None if arch["s2.width"] == space.largest["s2.width"] else cost(arch)
+
+    learned = learn(space, some, samples=60)
+    assert len(learned.known) < 50
+    assert learned.typical < 0.2
+    with pytest.raises(ValueError, match=r"only 0 of .* archs have a value"):
+        learn(space, lambda _: None, samples=20)
+    few = space.only({"s1.width": [8], "s1.depth": [1], "s2.depth": [1], "s3.depth": [1], "resolution": [16]})
+    whole = learn(few, some, samples=few.size)
+    codes = Encoding(few).codes([few.smallest, few.largest])
+    assert whole.typical == 0.0
+    assert whole(codes)[0] == cost(few.smallest)
+    assert whole(codes)[1] > 0
+
+
 def test_of_a_space_with_few_archs_all_are_asked_for() -> None:
     space = blocks().only({"s1.width": [8], "s2.depth": [1], "s3.depth": [1], "resolution": [16]})
     learned = learn(space, cost, samples=space.size)
