@@ -12,7 +12,7 @@ from nestling.pipeline.candidate import float_network
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision, quant_policy
 from nestling.pipeline.workbench import Workbench
-from nestling.quant import PRECISIONS, QuantPolicy, weight_bits
+from nestling.quant import PRECISIONS, QuantPolicy, Unquantizable, check_policy, weight_bits
 from nestling.quant.equalization import equalize
 from nestling.quant.layers import bit_operations
 from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
@@ -58,18 +58,21 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
     if not bench.config.search.sensitivity or not opened:
         return []
     known = bench.run.read_json(SENSITIVITY)
-    if known is None:
+    if known is None or "mixes" not in known:
         if listener is not None and (left_out := _left_out(bench.config.quant)):
             listener.note(
                 f"sensitivity, which archs to begin with come from, leaves out what {' and '.join(left_out)} "
                 "of [quant] mend: candidates are made with it, and lose less than it tells"
             )
         measured = largest_sensitivity(bench)
-        known = sensitivity_facts(bench, measured, mixes=mixes(bench, measured, opened, problem=problem))
+        known = layer_facts(bench, measured)
+        bench.run.write_json(SENSITIVITY, known)  # for the report, whatever comes of mixes
+        found = mixes(bench, measured, opened, problem=problem)
+        known["mixes"] = [mix_facts(bench, measured, mix) for mix in found]
         bench.run.write_json(SENSITIVITY, known)
     hosts = space.spread(3)[1:]
-    found = [space.canonical({**host, **mix["values"]}) for mix in known["mixes"] for host in hosts]
-    return list(dict.fromkeys(found))
+    archs = (space.canonical({**host, **mix["values"]}) for mix in known["mixes"] for host in hosts)
+    return list(dict.fromkeys(archs))
 
 
 def largest_sensitivity(bench: Workbench) -> Sensitivity:
@@ -119,7 +122,8 @@ def mixes(
 ) -> list[Mix]:
     """`MIXES` mixes of precisions of the largest network, the last with all that saves anything.
 
-    What is saved are products of bits where the search weighs latency, otherwise bits of weights.
+    Those of which no file is made are not among them. What is saved are products of bits where the search
+    weighs latency, otherwise bits of weights.
     """
     largest = bench.space.largest
     timed = "latency_ms" in problem.needed()
@@ -130,11 +134,19 @@ def mixes(
     def cost(values: Assignment) -> float:
         return (bit_operations if timed else weight_bits)(found.graph, policy(values))
 
+    def possible(values: Assignment) -> bool:
+        try:
+            check_policy(found.graph, policy(values))
+        except Unquantizable:
+            return False
+        return True
+
     path = trade_off(
         opened,
         start={name: largest[name] for name in opened},
         loss=lambda values: found.divergence(policy(values)),
         cost=cost,
+        possible=possible,
     )
     return spread(path, MIXES)
 
@@ -145,6 +157,7 @@ def trade_off(
     start: Assignment,
     loss: Callable[[Assignment], float],
     cost: Callable[[Assignment], float],
+    possible: Callable[[Assignment], bool] = lambda _: True,
 ) -> list[Mix]:
     """The mixes from `start` to the cheapest, each with one choice changed: what loses least per cost saved.
 
@@ -157,13 +170,17 @@ def trade_off(
         start: a value of each.
         loss: of a mix.
         cost: of a mix.
+        possible: whether there is such a mix. A step to one that there is not is left out; where there is
+            none at the start, nothing is tried.
     """
+    if not possible(start):
+        return []
     steps: list[tuple[float, int, str, Value]] = []
     for name, values in choices.items():
         tried = {value: {**start, name: value} for value in values}
-        points = {value: (cost(mix), loss(mix)) for value, mix in tried.items()}
+        points = {value: (cost(mix), loss(mix)) for value, mix in tried.items() if possible(mix)}
         here = start[name]
-        while cheaper := [value for value in values if points[value][0] < points[here][0]]:
+        while cheaper := [value for value in points if points[value][0] < points[here][0]]:
             slopes = {value: _slope(points[here], points[value]) for value in cheaper}
             # of values on one line the nearest comes first
             here = min(cheaper, key=lambda value: (slopes[value], -points[value][0]))
@@ -171,12 +188,15 @@ def trade_off(
     path = [Mix(dict(start), cost(start))]
     for _, _, name, value in sorted(steps, key=lambda step: step[:2]):
         changed = {**path[-1].values, name: value}
-        path.append(Mix(changed, cost(changed)))
+        if possible(changed):
+            path.append(Mix(changed, cost(changed)))
     return path
 
 
 def spread(path: Sequence[Mix], count: int) -> list[Mix]:
     """At most `count` mixes of `path`, evenly spread over the costs below its first, its last among them."""
+    if not path:
+        return []
     first, last = path[0].cost, path[-1].cost
     chosen = []
     for number in range(1, count + 1):
@@ -187,22 +207,19 @@ def spread(path: Sequence[Mix], count: int) -> list[Mix]:
     return chosen
 
 
-def sensitivity_facts(bench: Workbench, found: Sensitivity, *, mixes: Sequence[Mix]) -> dict[str, Any]:
-    """What `sensitivity.json` holds."""
-    largest = bench.space.largest
+def layer_facts(bench: Workbench, found: Sensitivity) -> dict[str, Any]:
+    """What `sensitivity.json` holds of layers."""
     return {
-        "arch_key": largest.key,
+        "arch_key": bench.space.largest.key,
         "precisions": list(found.precisions),
         "layers": found.by_layer(),
-        "mixes": [
-            {
-                "values": dict(mix.values),
-                "cost": mix.cost,
-                "divergence": found.divergence(_policy(bench, found, mix.values)),
-            }
-            for mix in mixes
-        ],
     }
+
+
+def mix_facts(bench: Workbench, found: Sensitivity, mix: Mix) -> dict[str, Any]:
+    """What it holds of a mix."""
+    divergence = found.divergence(_policy(bench, found, mix.values))
+    return {"values": dict(mix.values), "cost": mix.cost, "divergence": divergence}
 
 
 def _policy(bench: Workbench, found: Sensitivity, values: Assignment) -> QuantPolicy:

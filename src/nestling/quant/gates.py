@@ -46,6 +46,14 @@ def split_gates(graph: Graph, policy: QuantPolicy) -> Graph:
     return replace(graph, operators=tuple(operators), shapes=shapes)
 
 
+def split_all(graph: Graph) -> Graph:
+    """`graph` with all gates split, whichever a policy splits: it has all tensors that any policy rounds."""
+    return split_gates(graph, _EVERYWHERE)
+
+
+_EVERYWHERE = QuantPolicy((("", "w8a8"),))
+
+
 def sum_gates(
     nodes: Sequence[onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
 ) -> tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.formats import Code, Format, Minifloat, Ternary
+from nestling.quant.gates import split_gates
 from nestling.quant.policy import Floats, Precision, QuantPolicy
 from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer
 
@@ -44,8 +45,9 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
     Uneven adaptive pooling, which is computed as products with constant matrices, counts as such.
     """
     found = []
-    integer = [operator for operator in graph.operators if is_integer(operator, policy)]
-    formats = activation_formats(graph, integer, policy)
+    split = split_gates(graph, policy)  # as it is quantized
+    integer = [operator for operator in split.operators if is_integer(operator, policy)]
+    formats = activation_formats(split, integer, policy)
     for operator in graph.operators:
         if operator.kind not in WEIGHT_AXES or operator.weight is None:
             continue

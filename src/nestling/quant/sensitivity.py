@@ -23,6 +23,7 @@ from nestling.models.operators import compute
 from nestling.quant.calibration import METHODS, WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import grouped_range, weight_range
 from nestling.quant.formats import Format
+from nestling.quant.gates import split_all, split_gates
 from nestling.quant.mixed import TYPES
 from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
 from nestling.quant.ranges import Range, activation_range
@@ -45,7 +46,7 @@ class Sensitivity:
     """What every rounding does to the answers of one network.
 
     Attributes:
-        graph: the float network.
+        graph: the float network; its gates are split for each policy as they are where it is quantized.
         precisions: those that were looked at.
         parts: part -> (draws x images,): how far it alone moves the answers, in the directions drawn.
     """
@@ -61,6 +62,7 @@ class Sensitivity:
         rather than a size, and lies too high.
 
         Raises:
+            Unquantizable: a mix of precisions of which no file is made, see `activation_formats`.
             ValueError: a precision that was not looked at.
         """
         strange = {policy.precision(operator.layer).name for operator in self.graph.operators}
@@ -121,11 +123,13 @@ def measure_sensitivity(
     batches = tuple(images)
     if not batches:
         raise ValueError("no images; sensitivity needs at least one batch")
+    on_integers = any(PRECISIONS[name].activation is not None for name in names)
+    exact = split_all(graph) if on_integers else graph
     wanted: dict[Part, None] = {}
     for name in names:
         wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
     tensors = {name for name, to in wanted if isinstance(to, Format)}
-    seen = collect(graph, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
+    seen = collect(exact, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
     bounds = {(name, to): METHODS[method](seen[name], to) for name, to in wanted if isinstance(to, Format)}
     for name in names if shared else ():
         bounds |= _shared_bounds(graph, name, bounds, kinds=shared)
@@ -139,7 +143,7 @@ def measure_sensitivity(
     generator = torch.Generator().manual_seed(seed)
     found: dict[Part, list[Tensor]] = defaultdict(list)
     for few in (few for batch in batches for few in torch.split(batch, _AT_ONCE)) if wanted else ():
-        for part, moved in _moved(graph, few, ranges, errors, wanted, draws=draws, generator=generator):
+        for part, moved in _moved(exact, few, ranges, errors, wanted, draws=draws, generator=generator):
             found[part].append(moved)
     return Sensitivity(graph, names, {part: torch.cat(moved) for part, moved in found.items()})
 
@@ -169,6 +173,7 @@ def _weighted(operator: Operator) -> bool:
 
 def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
     """What `policy` rounds: each tensor once, where it comes to be."""
+    graph = split_gates(graph, policy)
     integer = [operator for operator in graph.operators if is_integer(operator, policy)]
     formats = activation_formats(graph, integer, policy)
     found: dict[Part, None] = {
@@ -190,6 +195,7 @@ def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
 def _possible_parts(graph: Graph, precision: Precision) -> Iterable[Part]:
     """What any policy may round to `precision`: also tensors whose numbers come rounded in this one."""
     policy = QuantPolicy((("", precision.name),))
+    graph = split_gates(graph, policy)
     integer = [operator for operator in graph.operators if is_integer(operator, policy)]
     found: dict[Part, None] = dict.fromkeys(activation_formats(graph, integer, policy).items())
     if precision.floats != "float32":
@@ -206,6 +212,7 @@ def _shared_bounds(
 ) -> dict[tuple[str, Format], Bounds]:
     """Of `bounds` those that tensors have when all layers are in `precision`, and groups of them share."""
     policy = QuantPolicy((("", precision),))
+    graph = split_gates(graph, policy)
     integer = [operator for operator in graph.operators if is_integer(operator, policy)]
     formats = activation_formats(graph, integer, policy)
     sources = sources_of(graph, formats)

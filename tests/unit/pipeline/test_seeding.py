@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from nestling.config import load_config
 from nestling.models.graph import Graph
 from nestling.pipeline import seeding
 from nestling.pipeline.listening import Silent
+from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.seeding import SENSITIVITY, Mix, seeds, spread, trade_off
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
+from nestling.quant import check_policy
 from nestling.quant.equalization import equalize
 from nestling.quant.sensitivity import Sensitivity
 from nestling.run import Run
@@ -74,6 +77,18 @@ def test_a_value_that_loses_more_and_saves_less_than_another_is_passed_over() ->
     assert [mix.values["a"] for mix in path][-2:] == ["w4", "w2"]
 
 
+def test_steps_to_mixes_that_there_are_not_are_left_out() -> None:
+    def possible(values: Mapping[str, Value]) -> bool:
+        return values["b"] != "w4" and not (values["a"] == "w2" and values["c"] == "w2")
+
+    path = trade_off(CHOICES, start=DEAREST, loss=loss, cost=cost, possible=possible)
+    assert all(possible(mix.values) for mix in path)
+    assert {mix.values["b"] for mix in path} == {"w2", "fp"}
+    assert dict(path[-1].values) == {"a": "w4", "b": "w2", "c": "w2"}
+    assert trade_off(CHOICES, start=DEAREST, loss=loss, cost=cost, possible=lambda _: False) == []
+    assert spread([], 3) == []
+
+
 def test_mixes_are_spread_over_the_costs_and_end_with_the_cheapest() -> None:
     path = [Mix({"a": index}, 100.0 - index) for index in (0, 1, 2, 30, 52, 70, 90)]
     assert [mix.cost for mix in spread(path, 3)] == [70.0, 48.0, 10.0]
@@ -106,6 +121,34 @@ def test_a_search_that_goes_on_gets_the_same_seeds_without_measuring_again(
     found = seeds(bench, problem(bench))
     monkeypatch.delattr(seeding, "measure_sensitivity")
     assert seeds(bench, problem(bench)) == found
+
+
+def test_seeds_put_no_signed_beside_unsigned_activations(bench: Workbench) -> None:
+    mixing = {"stem.precision": ("w4a4", "fp32"), "s1.precision": ("w8a8-signed", "fp32")}
+    choices = tuple(replace(c, values=mixing.get(c.name, c.values)) for c in bench.space.choices)
+    vars(bench)["space"] = replace(bench.space, choices=choices)
+    vars(bench)["supernet"] = bench.new_supernet().eval()
+    found = seeds(bench, problem(bench))
+    assert found
+    graph = seeding.largest_sensitivity(bench).graph
+    for arch in found:
+        check_policy(graph, quant_policy(bench.family, arch, graph))
+    facts = bench.run.read_json(SENSITIVITY)
+    assert facts is not None
+    assert all(mix["divergence"] > 0 for mix in facts["mixes"])
+
+
+def test_what_was_found_of_layers_is_kept_though_mixes_fail(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seeding, "mixes", lambda *_, **__: interrupted(bench))
+    with pytest.raises(KeyboardInterrupt):
+        seeds(bench, problem(bench))
+    facts = bench.run.read_json(SENSITIVITY)
+    assert facts is not None
+    assert "classifier" in facts["layers"]
+    monkeypatch.undo()
+    assert len(seeds(bench, problem(bench))) > 1
 
 
 def test_a_search_that_does_not_ask_has_no_seeds(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nestling.models.cost import cost
 from nestling.models.graph import trace
-from nestling.quant import PRECISIONS, QuantPolicy
+from nestling.quant import PRECISIONS, QuantPolicy, quantize
 from nestling.quant.layers import bit_operations, bits, layers
 
 POLICY = QuantPolicy((("0", "w8a8"), ("2", "w4"), ("7", "bf16")))
@@ -42,6 +43,36 @@ def test_each_layer_has_the_bits_of_its_precision(network: nn.Module) -> None:
     assert pairs == [(8, 8), (4, 32), (32, 32), (32, 32), (16, 16)]
     operations = sum(layer.macs * w * a for layer, (w, a) in zip(found, pairs, strict=True))
     assert bit_operations(graph, POLICY) == operations
+
+
+class Gated(nn.Module):
+    """A sum of two hard swishes, of which a convolution reads the first too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(n, 8, 1), nn.Hardswish()) for n in (3, 8))
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.first(images)
+        logits: Tensor = self.last(self.second(first) + first).mean((2, 3))
+        return logits
+
+
+def test_a_layer_reads_the_bits_that_are_left_where_hard_swishes_are_split() -> None:
+    graph = trace(Gated().eval(), resolution=4)
+    policy = QuantPolicy((("", "w4a4"), *((name, "w8a8") for name in ("first", "second", "last"))))
+    of_sum = next(operator.layer for operator in graph.operators if operator.kind == "Add")
+    assert policy.precision(of_sum).name == "w4a4"
+    written = quantize(graph, policy, [torch.randn(2, 3, 4, 4)])
+    read = {
+        operator.layer: written.ranges[operator.inputs[0]].dtype
+        for operator in written.graph.operators
+        if operator.kind == "Conv"
+    }
+    assert read["second.0"] == "uint4"
+    for layer in layers(graph, policy):
+        assert f"uint{layer.activation_bits:g}" == read[layer.name]
 
 
 def test_the_bits_of_a_precision_are_those_in_its_name() -> None:

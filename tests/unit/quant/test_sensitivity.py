@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
 from nestling.quant import PRECISIONS, QuantPolicy, Recipe, quantize, simulate
+from nestling.quant import sensitivity as sensitivity_of
 from nestling.quant.fake import rounded
+from nestling.quant.formats import Format
+from nestling.quant.observing import needed
+from nestling.quant.quantizing import prepared
 from nestling.quant.regions import WEIGHT_AXES
 from nestling.quant.sensitivity import Sensitivity, measure_sensitivity, stored_weight
 
@@ -106,6 +110,35 @@ def test_one_pass_tells_the_divergence_of_policies_that_mix_precisions(
     for policy in (MIXED, QuantPolicy((("", "w8a8"),)), QuantPolicy((("a", "w8a8"), ("b", "w8a8")))):
         assert sensitivity.divergence(policy) == pytest.approx(brute_force(policy), rel=0.4)
     assert sensitivity.divergence(QuantPolicy()) == 0.0
+
+
+@pytest.fixture(scope="module")
+def gated() -> Graph:
+    """Hard swishes before a convolution, the pooling and a linear layer."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3), nn.Hardswish()]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 16, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(16, 5)]
+    return trace(nn.Sequential(*layers, *last).eval(), resolution=12)
+
+
+GATED = (
+    QuantPolicy((("", "w8a8"),)),
+    QuantPolicy((("", "w8a8"), ("1", "fp32"))),
+    QuantPolicy((("", "w8a8"), ("2", "w4"), ("6", "bf16"))),
+)
+
+
+@pytest.mark.parametrize("policy", GATED)
+def test_every_tensor_that_the_file_rounds_is_looked_at_gates_among_them(
+    gated: Graph, images: Tensor, policy: QuantPolicy
+) -> None:
+    found = measure_sensitivity(gated, ["w8a8", "w4", "bf16"], [images[:8]])
+    looked_at = {name for name, to in found.parts if isinstance(to, Format)}
+    wanted = needed(prepared(gated, policy), policy)
+    assert any(name.endswith(".gate") for name in wanted)
+    assert {name.removesuffix(".bfloat16") for name in wanted} <= looked_at
+    counted = {name for name, to in sensitivity_of._parts(gated, policy) if isinstance(to, Format)}
+    assert counted == {name.removesuffix(".bfloat16") for name in wanted}
 
 
 @pytest.mark.parametrize("name", [name for name in PRECISIONS if name not in ("fp32", "fp16", "bf16")])
