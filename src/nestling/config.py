@@ -274,7 +274,8 @@ class QuantConfig(Part):
     ] = "minmax"
     """How the range of an activation follows from what the calibration images show."""
     weights: Literal["minmax", "mse"] = "minmax"
-    """Whether a channel's integers span its weights, or have the least squared error."""
+    """Whether a channel's integers span its weights, or have the least squared error; those of groups, in
+    `w8` and `w4`, span them."""
     equalize: bool = False
     """Whether channels are brought to one size between layers first (arXiv 1906.04721)."""
     awq: bool = False

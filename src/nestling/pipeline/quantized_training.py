@@ -193,7 +193,7 @@ def begin(bench: Workbench, candidate: Candidate, *, method: Method) -> Anew:
         shared=quant.shared,
         reduce_range=narrow,
     )
-    how = Learning(policy, scales=SCALES[method], reduce_range=narrow, factors=factors)
+    how = Learning(policy, scales=SCALES[method], weights=quant.weights, reduce_range=narrow, factors=factors)
     return Anew(graph, exact, ranges, how)
 
 

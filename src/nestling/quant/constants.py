@@ -10,7 +10,8 @@ from torch import Tensor
 from nestling.models.graph import Graph
 from nestling.quant.calibration import WeightMethod, largest_of_rows
 from nestling.quant.formats import Format
-from nestling.quant.policy import QuantPolicy
+from nestling.quant.mixed import TYPES
+from nestling.quant.policy import Precision, QuantPolicy
 from nestling.quant.ranges import SMALLEST_SCALE, Range, in_blocks, rows
 from nestling.quant.regions import WEIGHT_AXES
 
@@ -38,17 +39,19 @@ def constant_ranges(
     ranges = {}
     for operator in graph.operators:
         precision = policy.precision(operator.layer)
-        format, weight = precision.integers, operator.weight
-        if format is None or weight is None or operator.kind not in WEIGHT_AXES:
+        if operator.weight is None or operator.kind not in WEIGHT_AXES:
             continue
-        axis = WEIGHT_AXES[operator.kind]
-        if precision.activation is None:
-            if operator.kind != "MatMul" or weight.ndim == 2:
-                ranges[f"{operator.name}.weight"] = grouped_range(weight, format, axis=axis)
+        found = stored_range(
+            operator.weight.cpu(),
+            precision,
+            axis=WEIGHT_AXES[operator.kind],
+            weights=weights,
+            reduce_range=reduce_range,
+        )
+        if found is None:
             continue
-        read = activations[operator.inputs[0]]
-        found = weight_range(weight.cpu(), format, axis=axis, weights=weights, reduce_range=reduce_range)
-        if operator.bias is not None:
+        if operator.bias is not None and precision.activation is not None:
+            read = activations[operator.inputs[0]]
             found = with_room_for(operator.bias, found, read)
             scale = found.scale * read.scale
             ranges[f"{operator.name}.bias"] = Range(
@@ -56,6 +59,65 @@ def constant_ranges(
             )
         ranges[f"{operator.name}.weight"] = found
     return ranges
+
+
+def stored_range(
+    weight: Tensor,
+    precision: Precision,
+    *,
+    axis: int,
+    weights: WeightMethod = "minmax",
+    reduce_range: bool = False,
+) -> Range | None:
+    """The range of a layer's weight in `precision`; None where it stays floats, or has codes of its own.
+
+    Of layers that compute on floats the weights are in groups, each of which spans its numbers; a stack of
+    matrices stays floats there, as no operator takes one in groups.
+
+    Args:
+        weight: placed (`place`) where the precision has codes.
+        precision: of its layer.
+        axis: of its output channels, see `WEIGHT_AXES`.
+        weights: see `weight_range`; groups know no other way.
+        reduce_range: see `ranges` of `nestling.quant.observing`.
+
+    Raises:
+        ValueError: a precision of weights alone whose format has no groups.
+    """
+    format = precision.integers
+    if format is None:
+        return None
+    if precision.activation is not None:
+        return weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
+    if axis == WEIGHT_AXES["MatMul"] and weight.ndim > 2:
+        return None
+    return grouped_range(weight, format, axis=axis)
+
+
+def stored_weight(
+    weight: Tensor,
+    precision: Precision,
+    *,
+    axis: int,
+    weights: WeightMethod = "minmax",
+    reduce_range: bool = False,
+) -> Tensor:
+    """A layer's `weight` as `precision` holds it, in floats: on its codes, its integers, or 16-bit floats.
+
+    Args:
+        weight: not placed yet.
+        precision, axis, weights, reduce_range: see `stored_range`.
+
+    Raises:
+        ValueError: see `stored_range`.
+    """
+    if precision.floats != "float32":
+        return weight.to(TYPES[precision.floats]).to(weight.dtype)
+    code = precision.weight
+    if code is not None and not isinstance(code, Format):
+        return code.nearest(weight, axis=axis)
+    found = stored_range(weight, precision, axis=axis, weights=weights, reduce_range=reduce_range)
+    return weight if found is None else found.nearest(weight)
 
 
 def weight_range(

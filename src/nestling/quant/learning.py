@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from nestling.models.graph import Graph, Operator
 from nestling.quant.attention import Factors
-from nestling.quant.constants import grouped_range, weight_range, with_room_for
+from nestling.quant.calibration import WeightMethod
+from nestling.quant.constants import stored_range, with_room_for
 from nestling.quant.formats import Code, Format
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.quantizing import Quantized
@@ -43,8 +44,9 @@ class Learning:
     Attributes:
         policy: which layer computes in which precision.
         scales: those of weights are `learned` (LSQ, arXiv 1902.08153), or follow from the weights in every
-            step (`statistical`, OFQ, arXiv 2302.02210: `statistical_scale` below 8 bits; with 8 bits or in
-            groups they span the weights). Those of activations are learned in any case.
+            step (`statistical`, OFQ, arXiv 2302.02210: `statistical_scale` below 8 bits; with 8 bits as
+            `weights` says; those of groups span them). Those of activations are learned in any case.
+        weights: see `ranges` of `nestling.quant.observing`.
         margin: for statistical scales, see `nearest_by_statistics`; None: all weights learn.
         reduce_range: 7-bit weights in place of 8-bit ones, see `nestling.quant.observing.ranges`.
         factors: by operator, the two matrices whose product is its weight, see `nestling.quant.attention`.
@@ -55,6 +57,7 @@ class Learning:
 
     policy: QuantPolicy
     scales: Scales = "learned"
+    weights: WeightMethod = "minmax"
     margin: float | None = None
     reduce_range: bool = False
     factors: Mapping[str, Factors] = field(default_factory=dict)
@@ -205,9 +208,7 @@ class LearnedGraph(nn.Module):
         found = self._ranges.get(name)
         if found is None:
             return None
-        precision = self._how.policy.precision(operator.layer)
         weight, bias = operator.constant().detach(), operator.bias
-        axis = WEIGHT_AXES[operator.kind]
         if self._code(operator) is not None:
             largest = weight.abs().amax()
             found = replace(found, scale=torch.where(largest > 0, largest, 1.0).reshape(found.scale.shape))
@@ -215,12 +216,16 @@ class LearnedGraph(nn.Module):
             found = self._range(name)
         elif found.block is None and found.limits[1] < 127:
             found = replace(found, scale=statistical_scale(weight, found))
-        elif isinstance(precision.weight, Format) and found.block is None:
-            found = weight_range(
-                weight.cpu(), precision.weight, axis=axis, reduce_range=self._how.reduce_range
+        else:
+            now = stored_range(
+                weight.cpu(),
+                self._how.policy.precision(operator.layer),
+                axis=WEIGHT_AXES[operator.kind],
+                weights=self._how.weights,
+                reduce_range=self._how.reduce_range,
             )
-        elif isinstance(precision.weight, Format):
-            found = grouped_range(weight, precision.weight, axis=axis)
+            assert now is not None  # it had a range
+            found = now
         found = replace(found, scale=found.scale.to(weight.device))
         if bias is not None and operator.inputs[0] in self._tied:
             wide = with_room_for(bias, replace(found, scale=found.scale.detach()), self._read(operator))

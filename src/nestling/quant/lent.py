@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nestling.models.compiling import Call, call_lent
 from nestling.quant.calibration import WeightMethod
-from nestling.quant.constants import grouped_range, weight_range
+from nestling.quant.constants import stored_range, stored_weight
 from nestling.quant.formats import Format
 from nestling.quant.policy import PRECISIONS, Precision, QuantPolicy
 from nestling.quant.ranges import Range
@@ -74,15 +74,14 @@ def rounded_weight(weight: Tensor, precision: Precision, *, weights: WeightMetho
     Raises:
         ValueError: a format for weights alone that has no groups.
     """
-    format = precision.weight
-    if format is None:
+    if precision.weight is None:
         return weight
     exact = weight.detach().float()
-    if not isinstance(format, Format):
-        return instead(weight, format.nearest(exact, axis=0).to(weight.dtype))
-    if precision.activation is None:
-        return nearest_by_statistics(weight, grouped_range(exact, format, axis=0))
-    return nearest_by_statistics(weight, weight_range(exact, format, axis=0, weights=weights))
+    if not isinstance(precision.weight, Format):
+        return instead(weight, stored_weight(exact, precision, axis=0).to(weight.dtype))
+    found = stored_range(exact, precision, axis=0, weights=weights)
+    assert found is not None
+    return nearest_by_statistics(weight, found)
 
 
 def spanning_range(tensor: Tensor, format: Format) -> Range:

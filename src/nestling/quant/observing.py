@@ -84,7 +84,8 @@ def ranges(
         statistics: tensor -> histogram, with at least the `needed` ones, of the network in floats.
         method: how a tensor's bounds follow from its histogram, see `nestling.quant.calibration`.
         weights: whether each channel's integers span all its weights (`minmax`) or are spread so that they
-            have the least squared error (`mse`).
+            have the least squared error (`mse`). Below 8 bits they have it in any case; a group's integers,
+            of layers that compute on floats, always span its weights.
         shared: kinds of operators, such as `Add`, that read and write tensors of one range, which spans them
             all. ONNX Runtime's sums and products scale each operand by itself, so it gains nothing there and
             the numbers get coarser; it is for targets that add integers as they are.

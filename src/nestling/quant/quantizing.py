@@ -13,7 +13,7 @@ from nestling.models.operators import Operator
 from nestling.quant.adaround import ITERATIONS, round_by_gradients
 from nestling.quant.awq import awq
 from nestling.quant.calibration import WITHOUT_COUNTS, Method, WeightMethod
-from nestling.quant.constants import grouped_range
+from nestling.quant.constants import stored_range
 from nestling.quant.correction import correct_biases
 from nestling.quant.equalization import equalize
 from nestling.quant.gates import split_all, split_gates
@@ -35,7 +35,8 @@ class Recipe:
 
     Attributes:
         calibration: how the range of an activation follows from what was seen.
-        weights: whether a channel's integers span its weights, or have the least squared error.
+        weights: whether a channel's integers span its weights, or have the least squared error; a group's,
+            of layers that compute on floats, span them.
         equalize: bring channels to one size between layers first (arXiv 1906.04721).
         awq: scale what weight-only layers read by its size first (AWQ, arXiv 2306.00978).
         rounding: weights go to the `nearest` integer, or to those that keep a layer's output: by second
@@ -154,9 +155,8 @@ def check_policy(graph: Graph, policy: QuantPolicy) -> None:
 
 def _stored(operator: Operator, policy: QuantPolicy) -> Tensor | None:
     """The weight of a weight-only layer as it is stored; None of other operators."""
-    precision = policy.precision(operator.layer)
-    format = precision.integers
-    if format is None or precision.activation is not None or operator.kind not in WEIGHT_AXES:
+    precision, weight = policy.precision(operator.layer), operator.weight
+    if weight is None or operator.kind not in WEIGHT_AXES or precision.activation is not None:
         return None
-    weight = operator.constant()
-    return grouped_range(weight, format, axis=WEIGHT_AXES[operator.kind]).nearest(weight)
+    found = stored_range(weight, precision, axis=WEIGHT_AXES[operator.kind])
+    return None if found is None else found.nearest(weight)

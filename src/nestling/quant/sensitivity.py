@@ -21,7 +21,7 @@ from torch import Tensor
 from nestling.models.graph import Graph, Operator
 from nestling.models.operators import compute
 from nestling.quant.calibration import METHODS, WITHOUT_COUNTS, Method, WeightMethod
-from nestling.quant.constants import grouped_range, weight_range
+from nestling.quant.constants import stored_weight
 from nestling.quant.formats import Format
 from nestling.quant.gates import split_all, split_gates
 from nestling.quant.mixed import TYPES
@@ -148,25 +148,6 @@ def measure_sensitivity(
     return Sensitivity(graph, names, {part: torch.cat(moved) for part, moved in found.items()})
 
 
-def stored_weight(
-    operator: Operator, precision: Precision, *, weights: WeightMethod, reduce_range: bool
-) -> Tensor:
-    """The weight of the layer `operator` as `precision` holds it, in 32-bit floats."""
-    weight, code = operator.constant().detach(), precision.weight
-    axis = WEIGHT_AXES[operator.kind]
-    if code is None:
-        return weight.to(TYPES[precision.floats]).float() if precision.floats != "float32" else weight
-    if not isinstance(code, Format):
-        return code.nearest(weight, axis=axis)
-    if precision.activation is None:
-        return grouped_range(weight, code, axis=axis).nearest(weight) if _grouped(operator) else weight
-    return weight_range(weight, code, axis=axis, weights=weights, reduce_range=reduce_range).nearest(weight)
-
-
-def _grouped(operator: Operator) -> bool:
-    return operator.kind != "MatMul" or operator.constant().ndim == 2
-
-
 def _weighted(operator: Operator) -> bool:
     return operator.kind in WEIGHT_AXES and operator.weight is not None
 
@@ -225,8 +206,9 @@ def _error(
     operator: Operator, precision: Precision, *, weights: WeightMethod, reduce_range: bool
 ) -> Operator:
     """`operator`, which is linear, with the error of its weight in the weight's place."""
-    stored = stored_weight(operator, precision, weights=weights, reduce_range=reduce_range)
-    return replace(operator, weight=stored - operator.constant().detach(), bias=None)
+    weight, axis = operator.constant().detach(), WEIGHT_AXES[operator.kind]
+    stored = stored_weight(weight, precision, axis=axis, weights=weights, reduce_range=reduce_range)
+    return replace(operator, weight=stored - weight, bias=None)
 
 
 def _moved(

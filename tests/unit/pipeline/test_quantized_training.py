@@ -15,6 +15,7 @@ from nestling.config import ConfigError, load_config
 from nestling.export import file_key, load_onnx
 from nestling.models.graph import trace
 from nestling.models.operators import Operator
+from nestling.pipeline.candidate import write_candidate
 from nestling.pipeline.finetuning import Tuning, finetune, finetuned_name, tuning
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.quantized_training import (
@@ -22,6 +23,7 @@ from nestling.pipeline.quantized_training import (
     EPOCHS_8_BITS,
     LR_PART,
     LR_PART_8_BITS,
+    begin,
     defaults,
     macs,
 )
@@ -202,6 +204,13 @@ def test_layers_in_floats_and_in_groups_are_trained_beside_those_on_integers(fre
     card = finetune(fresh, arch, tuning(fresh, arch, qat="lsq", epochs=1), listener=Silent())
     assert card["policy"]["classifier"] == "w4"
     assert {layer["precision"] for layer in card["layers"]} >= {"fp32", "w8a8", "w4"}
+
+
+def test_weights_are_rounded_as_the_configuration_says(fresh: Workbench) -> None:
+    quant = fresh.config.quant.model_copy(update={"weights": "mse"})
+    fresh.config = fresh.config.model_copy(update={"quant": quant})
+    candidate = write_candidate(fresh, small(fresh), fresh.run.folder / "model.onnx")
+    assert begin(fresh, candidate, method="ofq").learning.weights == "mse"
 
 
 def test_what_is_not_asked_for_goes_by_the_bits(fresh: Workbench) -> None:

@@ -210,6 +210,21 @@ def test_a_scale_stays_above_zero(graph: Graph, images: Tensor) -> None:
     assert any(not torch.equal(parameters[name], old) for name, old in before.items())
 
 
+def test_scales_of_8_bits_that_follow_from_weights_do_as_weights_says() -> None:
+    layer, generator = nn.Conv2d(3, 2, 40), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # many are near zero
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    graph = trace(nn.Sequential(layer, nn.Flatten()).eval(), resolution=40)
+    images = torch.randn(2, 3, 40, 40, generator=generator)
+    ranges = observe(graph, policy("w8a8"), [images], weights="mse")
+    how = Learning(policy("w8a8"), scales="statistical", weights="mse")
+    settled = LearnedGraph(graph, ranges, how).settled().ranges
+    for name, found in ranges.items():
+        assert torch.equal(settled[name].scale, found.scale), name
+    spanning = LearnedGraph(graph, ranges, replace(how, weights="minmax")).settled().ranges
+    assert any(not torch.equal(spanning[name].scale, found.scale) for name, found in ranges.items())
+
+
 def test_with_a_margin_sure_weights_stay(graph: Graph, images: Tensor) -> None:
     network = learned(graph, images, "w4a4", scales="statistical", margin=0.02)
     train(network, images, steps=1)

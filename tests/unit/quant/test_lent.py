@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nestling.models.compiling import call_lent
 from nestling.quant import PRECISIONS, QuantPolicy, Range
 from nestling.quant.calibration import WeightMethod
-from nestling.quant.constants import grouped_range, weight_range
+from nestling.quant.constants import grouped_range, stored_weight, weight_range
 from nestling.quant.formats import Format, Minifloat
 from nestling.quant.lent import rounded_call, rounded_weight, spanning_range
 from nestling.quant.ranges import activation_range
@@ -50,6 +50,16 @@ def test_weights_are_rounded_as_they_are_after_training(
         weight = network.get_parameter(f"{layer}.weight")
         expected = weight_range(weight, format, axis=0, weights=weights).nearest(weight.detach())
         assert torch.equal(rounded_weight(weight, PRECISIONS[name], weights=weights), expected)
+
+
+@pytest.mark.parametrize("weights", ["minmax", "mse"])
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if name not in ("fp16", "bf16")])
+def test_weights_are_rounded_to_what_is_stored_of_them(
+    name: str, weights: WeightMethod, network: nn.Module
+) -> None:
+    weight, precision = network.get_parameter("stem.weight"), PRECISIONS[name]
+    expected = stored_weight(weight.detach(), precision, axis=0, weights=weights)
+    assert torch.equal(rounded_weight(weight, precision, weights=weights), expected)
 
 
 def test_a_call_rounds_weights_by_the_method_that_it_was_given() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from nestling.models.graph import Graph, trace
 from nestling.quant import PRECISIONS, QuantPolicy, Recipe, quantize, simulate
 from nestling.quant import sensitivity as sensitivity_of
+from nestling.quant.constants import stored_weight
 from nestling.quant.fake import rounded
 from nestling.quant.formats import Format
 from nestling.quant.observing import needed
 from nestling.quant.quantizing import prepared
 from nestling.quant.regions import WEIGHT_AXES
-from nestling.quant.sensitivity import Sensitivity, measure_sensitivity, stored_weight
+from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
 
 MEASURED = ("w8a8", "w4a8", "w4", "bf16")
 MIXED = QuantPolicy((("", "w8a8"), ("a", "w4a8"), ("wide", "w4"), ("b.conv1", "fp32"), ("head", "bf16")))
@@ -151,7 +152,13 @@ def test_the_weight_that_is_looked_at_is_the_one_that_is_simulated(
     simulated = {o.name: rounded(o, quantized.ranges) for o in quantized.graph.operators}
     for operator in graph.operators:
         if operator.kind in WEIGHT_AXES and operator.weight is not None:
-            weight = stored_weight(operator, PRECISIONS[name], weights="mse", reduce_range=True)
+            weight = stored_weight(
+                operator.constant(),
+                PRECISIONS[name],
+                axis=WEIGHT_AXES[operator.kind],
+                weights="mse",
+                reduce_range=True,
+            )
             assert torch.allclose(weight, simulated[operator.name].constant(), rtol=1e-5, atol=1e-7)
 
 
