@@ -144,7 +144,10 @@ class Candidate:
 
     @property
     def weight_bytes(self) -> int:
-        """What weights, biases and scales need of `size_bytes`: the rest are the file's nodes and names."""
+        """What weights, their scales and biases need of `size_bytes`, but for bytes that are not full.
+
+        The rest are scales of biases and activations, and the file's nodes and names.
+        """
         if self.graph is None:
             return 4 * self.cost.params
         return math.ceil(weight_bits(self.graph, self.policy) / 8)

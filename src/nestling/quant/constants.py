@@ -89,9 +89,12 @@ def stored_range(
         return None
     if precision.activation is not None:
         return weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
-    if axis == WEIGHT_AXES["MatMul"] and weight.ndim > 2:
-        return None
-    return grouped_range(weight, format, axis=axis)
+    return None if is_stack(weight, axis=axis) else grouped_range(weight, format, axis=axis)
+
+
+def is_stack(weight: Tensor, *, axis: int) -> bool:
+    """Whether `weight`, its output channels along `axis`, is several matrices, each to be multiplied with."""
+    return axis == WEIGHT_AXES["MatMul"] and weight.ndim > 2
 
 
 def stored_weight(

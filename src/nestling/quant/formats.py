@@ -64,6 +64,24 @@ class Format:
         zero_point = 0 if self.symmetric else self.bits
         return channels * per_channel * self.bits + scales * (32 + zero_point)
 
+    def filled_bits(self, *, channels: int, per_channel: int) -> int:
+        """The same of a weight in groups of a product of matrices.
+
+        There the last group of a channel is filled up, and the zero points of a channel are whole bytes.
+
+        Args:
+            channels: output channels.
+            per_channel: weights of each.
+
+        Raises:
+            ValueError: a format without groups.
+        """
+        if self.group is None:
+            raise ValueError("only groups are filled up")
+        groups = math.ceil(per_channel / self.group)
+        zero_points = 0 if self.symmetric else 8 * math.ceil(groups * self.bits / 8)
+        return channels * (groups * (self.group * self.bits + 32) + zero_points)
+
 
 @dataclass(frozen=True, slots=True)
 class Minifloat:

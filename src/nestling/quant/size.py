@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, Operator
+from nestling.quant.constants import is_stack
+from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.regions import WEIGHT_AXES
 
 
 def weight_bits(graph: Graph, policy: QuantPolicy) -> int:
-    """The bits of all weights and biases of `graph` in the precisions of `policy`, with their scales.
+    """The bits of all weights and biases of `graph` in the precisions of `policy`, with the weights' scales.
 
     Weights of convolutions and linear layers count as their format packs them, with scales, zero points and
-    lists of codes. Biases have 32 bits, in 16-bit layers 16; so have the constants of all other operators.
-    That is without the file's nodes and names. The size that a search weighs, and a report tells, is the
-    file's, its weights packed as here.
+    lists of codes; groups of linear layers are filled up, as ONNX Runtime's MatMulNBits reads them. Biases
+    have 32 bits, in 16-bit layers 16; so have the constants of all other operators. That is without the
+    scales of biases and activations, the nodes and the names of the file. The size that a search weighs, and
+    a report tells, is the file's, its weights packed as here.
     """
     total = 0
     for operator in graph.operators:
@@ -23,10 +26,19 @@ def weight_bits(graph: Graph, policy: QuantPolicy) -> int:
             total += operator.bias.numel() * width
         if operator.weight is None:
             continue
-        if operator.kind in WEIGHT_AXES and precision.weight is not None:
-            channels = operator.weight.shape[WEIGHT_AXES[operator.kind]]
-            per_channel = operator.weight.numel() // channels
-            total += precision.weight.size_bits(channels=channels, per_channel=per_channel)
+        code = precision.weight if operator.kind in WEIGHT_AXES else None
+        if isinstance(code, Format) and code.group is not None and operator.kind != "Conv":
+            if is_stack(operator.weight, axis=WEIGHT_AXES[operator.kind]):  # which stays floats
+                total += operator.weight.numel() * width
+            else:
+                total += code.filled_bits(**_shape(operator))
+        elif code is not None:
+            total += code.size_bits(**_shape(operator))
         else:
             total += operator.weight.numel() * width
     return total
+
+
+def _shape(operator: Operator) -> dict[str, int]:
+    channels = operator.constant().shape[WEIGHT_AXES[operator.kind]]
+    return {"channels": channels, "per_channel": operator.constant().numel() // channels}
