@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from nestling.profile import Device, DeviceError, Measurement
 from nestling.profile.turns import turn
 from nestling.profile.worker import SLOWED
 from nestling.quant import Quantized, QuantPolicy, Range, Recipe, Unquantizable, quantize, weight_bits
+from nestling.quant.fake import vanish
 from nestling.quant.regions import WEIGHT_AXES, absorbing
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
@@ -326,38 +327,46 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
 
     ONNX Runtime may quantize a layer that was left in float, or leave one in float that was quantized; only
     the graph that it has optimized tells. Layers in precisions for research may be computed either way, and
-    so may those that write integers of fewer than 8 bits for such a layer, which end before a ReLU6's bytes
-    do: of those nothing but the result counts.
+    so may those on integers with a ReLU6 that write fewer than 8 bits for such a layer, which end before the
+    ReLU6 does: of those nothing but the result counts.
 
     Raises:
         ExportMismatch: the layers are listed.
         DeviceError: the runtime refuses the file.
     """
     graph, ranges = quantized.graph, quantized.ranges
-    readers = graph.readers()
     weighted = {
         operator.name: operator.layer
         for operator in graph.operators
         if operator.kind in WEIGHT_AXES
         and operator.weight is not None
         and not policy.precision(operator.layer).simulated
-        and not _is_narrow(ranges.get(absorbing(readers, graph, operator)[-1].name))
     }
     wanted = {
         name
         for name, layer in weighted.items()
         if f"{name}.weight" in ranges and policy.precision(layer).activation is not None
     }
-    found = {node.name for node in device.optimized_ops(path) if node.on_integers} & weighted.keys()
+    either = wanted & _ending_early(graph, ranges)
+    wanted -= either
+    on_integers = {node.name for node in device.optimized_ops(path) if node.on_integers}
+    found = on_integers & weighted.keys() - either
     if found != wanted:
         told = [f"{weighted[name]} is computed in float" for name in sorted(wanted - found)]
         told += [f"{weighted[name]} is computed on integers" for name in sorted(found - wanted)]
         raise ExportMismatch(f"the runtime does not keep to the policy: {'; '.join(told)}")
 
 
-def _is_narrow(found: Range | None) -> bool:
-    """Whether the integers are fewer than those of the bytes that hold them."""
-    return found is not None and found.dtype != found.stored
+def _ending_early(graph: Graph, ranges: Mapping[str, Range]) -> set[str]:
+    """The operators whose rectifiers stay, as the few integers that they write end before these do."""
+    readers, found = graph.readers(), set()
+    for operator in graph.operators:
+        _, *rectifiers = chain = absorbing(readers, graph, operator)
+        written = ranges.get(chain[-1].name)
+        narrow = written is not None and written.dtype != written.stored
+        if narrow and not vanish(tuple(rectifiers), written):
+            found.add(operator.name)
+    return found
 
 
 def file_metadata(bench: Workbench, arch: Arch) -> dict[str, str]:

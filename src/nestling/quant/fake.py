@@ -135,7 +135,7 @@ def _actions(graph: Graph, ranges: Mapping[str, Range]) -> Iterator[Action]:
             continue
         chain = absorbing(readers, graph, operator)
         last = chain[-1]
-        whole = operator.name not in ranges and _vanish(chain[1:], ranges.get(last.name))
+        whole = operator.name not in ranges and vanish(chain[1:], ranges.get(last.name))
         written = last if whole else operator
         rule = integer_rule(operator, ranges, ranges.get(written.name))
         if rule is None:
@@ -167,7 +167,7 @@ def _joined_sum(operator: Operator, convolution: Operator, ranges: Mapping[str, 
     return Action((image, other), operator.name, apply, written is not None)
 
 
-def _vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
+def vanish(rectifiers: tuple[Operator, ...], written: Range | None) -> bool:
     """Whether the bytes of `written` end where `rectifiers` do, so that the runtime drops them.
 
     A range of fewer than 8 bits ends before its bytes; there the runtime computes the layer in floats.

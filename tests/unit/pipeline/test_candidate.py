@@ -96,6 +96,37 @@ def test_a_layer_left_in_float_against_the_policy_is_named(
         _check(two_layers, "com.microsoft.nchwc.Conv", "Conv")
 
 
+def _before_4_bits(first: str, rectifier: nn.Module) -> tuple[Quantized, QuantPolicy]:
+    """A layer in precision `first`, its `rectifier`, and one in w4a4 that reads it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), rectifier, nn.Conv2d(4, 2, 6), nn.Flatten()).eval()
+    policy = QuantPolicy((("0", first), ("2", "w4a4")))
+    return quantize(trace(network, resolution=8), policy, [torch.rand(2, 3, 8, 8)]), policy
+
+
+INTEGERS, FLOATS = "com.microsoft.QLinearConv", "com.microsoft.nchwc.Conv"
+
+
+@pytest.mark.parametrize("rectifier", [nn.ReLU(), nn.Identity(), nn.ReLU6()], ids=lambda r: type(r).__name__)
+def test_before_4_bits_only_a_layer_with_a_relu6_may_be_computed_either_way(
+    rectifier: nn.Module, cpu: WorkerDevice, tmp_path: Path
+) -> None:
+    quantized, policy = _before_4_bits("w8a8", rectifier)
+    write_file(quantized, tmp_path / "model.onnx")
+    check_precisions(cpu, tmp_path / "model.onnx", quantized, policy)
+    _check((quantized, policy), INTEGERS, FLOATS)
+    if isinstance(rectifier, nn.ReLU6):
+        _check((quantized, policy), FLOATS, FLOATS)
+    else:
+        with pytest.raises(ExportMismatch, match="0 is computed in float"):
+            _check((quantized, policy), FLOATS, FLOATS)
+
+
+def test_a_layer_in_floats_before_4_bits_is_not_computed_on_integers() -> None:
+    with pytest.raises(ExportMismatch, match="0 is computed on integers"):
+        _check(_before_4_bits("fp32", nn.ReLU6()), INTEGERS, FLOATS)
+
+
 @pytest.mark.parametrize(("count", "size"), [(257, 129), (256, 256), (1, 1), (512, 256), (513, 171)])
 def test_images_are_cut_into_batches_of_nearly_the_same_size(count: int, size: int) -> None:
     assert even_batch(count, at_most=256) == size
