@@ -46,12 +46,8 @@ def split_gates(graph: Graph, policy: QuantPolicy) -> Graph:
     return replace(graph, operators=tuple(operators), shapes=shapes)
 
 
-def split_all(graph: Graph) -> Graph:
-    """`graph` with all gates split, whichever a policy splits: it has all tensors that any policy rounds."""
-    return split_gates(graph, _EVERYWHERE)
-
-
-_EVERYWHERE = QuantPolicy((("", "w8a8"),))
+EVERYWHERE = QuantPolicy((("", "w8a8"),))
+"""With all gates split, whichever a policy splits, a graph has all tensors that any policy rounds."""
 
 
 def sum_gates(

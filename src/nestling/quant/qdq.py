@@ -58,21 +58,11 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
             stored[constant.name] = constant
             continue
         found = ranges[constant.name]
-        if constant.data_type in INTEGER_TYPES:
-            _store(renamed(constant, f"{constant.name}.quantized"), stored)
-            nodes.append(
-                _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
-            )
-            continue
-        values = tensor(constant)
         if found.block is not None:
-            blocked[constant.name] = values
+            blocked[constant.name] = tensor(constant)
             continue
-        integers = found.integers(values).numpy().astype(found.stored)
-        _store(constant_of(f"{constant.name}.quantized", integers), stored)
-        nodes.append(
-            _dequantize(constant.name, f"{constant.name}.quantized", found, stored, stem=constant.name)
-        )
+        held = _store(_integers(constant, found), stored)
+        nodes.append(_dequantize(constant.name, held, found, stored, stem=constant.name))
     read_as = {name: f"{name}.dequantized" for name in ranges.keys() & computed}
     for name in inputs:
         nodes += _pair(name, ranges, stored)
@@ -88,8 +78,8 @@ def insert_qdq(model: onnx.ModelProto, ranges: Mapping[str, Range]) -> onnx.Mode
         else:
             in_its_place, constants_of_it = blocked_layer(reading, blocked[weight], ranges[weight])
             nodes += in_its_place
-            for held in constants_of_it:
-                _store(held, stored)
+            for part in constants_of_it:
+                _store(part, stored)
         for name in node.output:
             nodes += _pair(name, ranges, stored)
 
@@ -131,6 +121,14 @@ def with_integers(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
             for operator in graph.operators
         ),
     )
+
+
+def _integers(constant: onnx.TensorProto, found: Range) -> onnx.TensorProto:
+    """The integers of `constant`, which may be they already."""
+    name = f"{constant.name}.quantized"
+    if constant.data_type in INTEGER_TYPES:
+        return renamed(constant, name)
+    return constant_of(name, found.integers(tensor(constant)).numpy().astype(found.stored))
 
 
 def _pair(

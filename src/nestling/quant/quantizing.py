@@ -16,7 +16,7 @@ from nestling.quant.calibration import WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import stored_range
 from nestling.quant.correction import correct_biases
 from nestling.quant.equalization import equalize
-from nestling.quant.gates import split_all, split_gates
+from nestling.quant.gates import EVERYWHERE, split_gates
 from nestling.quant.mixed import halve
 from nestling.quant.observing import needed, ranges
 from nestling.quant.placing import place
@@ -113,7 +113,7 @@ def quantize(
     names = needed(placed, policy)
     counts = how.calibration not in WITHOUT_COUNTS
     if placed is split:
-        kept = statistics(split_all(graph), images, names, kept=kept, counts=counts)
+        kept = statistics(split_gates(graph, EVERYWHERE), images, names, kept=kept, counts=counts)
         seen = kept.histograms
     else:
         seen = collect(placed, images, names, counts=counts) if names else {}

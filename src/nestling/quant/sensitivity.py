@@ -23,7 +23,7 @@ from nestling.models.operators import compute
 from nestling.quant.calibration import METHODS, WITHOUT_COUNTS, Method, WeightMethod
 from nestling.quant.constants import stored_weight
 from nestling.quant.formats import Format
-from nestling.quant.gates import split_all, split_gates
+from nestling.quant.gates import EVERYWHERE, split_gates
 from nestling.quant.mixed import TYPES
 from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
 from nestling.quant.ranges import Range, activation_range
@@ -124,7 +124,7 @@ def measure_sensitivity(
     if not batches:
         raise ValueError("no images; sensitivity needs at least one batch")
     on_integers = any(PRECISIONS[name].activation is not None for name in names)
-    exact = split_all(graph) if on_integers else graph
+    exact = split_gates(graph, EVERYWHERE) if on_integers else graph
     wanted: dict[Part, None] = {}
     for name in names:
         wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
