@@ -22,6 +22,8 @@ from nestling.space import Arch, SearchSpace
 SAMPLES = 300
 LEAST = 10
 """Values from which a stand-in can be learned, of a space that has more archs than are asked for."""
+MORE = 2
+"""Times as many archs are asked for, where some have no value."""
 HELD_OUT = 0.2
 POPULATION, GENERATIONS = 100, 40
 """Of the evolution that looks for the cheapest archs."""
@@ -60,7 +62,7 @@ def learn(
 
     The error is that on a fifth of them, learned from the rest; then all are learned from. Of a space that
     has no more archs than `samples` all are asked for, and the error is 0. Archs of which the function gives
-    None are passed over.
+    None are passed over for others, which are drawn as well: at most `MORE` times as many as samples.
 
     Raises:
         ValueError: fewer than 10 samples, or a value that is not finite; or fewer than 10 values of a larger
@@ -78,16 +80,14 @@ def learn(
     codes = encoding.codes(space.walk()) if whole else np.concatenate([ends, tilted, plain])
     codes = np.unique(codes, axis=0)
     codes = codes[rng.permutation(len(codes))]
-    archs = encoding.archs(codes)
-    given = [function(arch) for arch in archs]
-    had = [place for place, value in enumerate(given) if value is not None]
-    if len(had) < (1 if whole else LEAST):
-        raise ValueError(f"only {len(had)} of {len(archs)} archs have a value")
-    codes, archs = codes[had], [archs[place] for place in had]
-    values = np.array([given[place] for place in had], dtype=np.float64)
+    spare = codes[:0] if whole else encoding.sample(MORE * samples, rng)
+    codes, values = _with_values(encoding, function, codes, spare)
+    if len(codes) < (1 if whole else LEAST):
+        raise ValueError(f"only {len(codes)} archs have a value")
     if not np.isfinite(values).all():
         place = int(np.argmin(np.isfinite(values)))
-        raise ValueError(f"arch {archs[place].to_json()} has the value {values[place]}; it must be finite")
+        (arch,) = encoding.archs(codes[place : place + 1])
+        raise ValueError(f"arch {arch.to_json()} has the value {values[place]}; it must be finite")
     features = FeatureMap(encoding)
     seen = features(codes)
     known = {row.tobytes(): value for row, value in zip(codes, values.tolist(), strict=True)}
@@ -99,6 +99,26 @@ def learn(
     parts = wrong / np.maximum(np.abs(values[shown:]), 1e-300)
     posterior = fit(seen, values, weighed=len(values))
     return Learned(features, posterior, known, float(np.median(parts)), float(parts.max()))
+
+
+def _with_values(
+    encoding: Encoding, function: Callable[[Arch], float | None], codes: Codes, spare: Codes
+) -> tuple[Codes, NDArray[np.float64]]:
+    """Those of `codes` whose archs have a value, as many of `spare` as are missing, and all their values."""
+    values: dict[bytes, float | None] = {}
+    had = 0
+    for place, row in enumerate(np.concatenate([codes, spare])):
+        if place >= len(codes) and had == len(codes):
+            break
+        if row.tobytes() not in values:
+            (arch,) = encoding.archs(row[None])
+            value = values[row.tobytes()] = function(arch)
+            had += value is not None
+    found = {key: value for key, value in values.items() if value is not None}
+    kept = [np.frombuffer(key, dtype=codes.dtype) for key in found]
+    return np.array(kept, dtype=codes.dtype).reshape(-1, codes.shape[1]), np.array(
+        list(found.values()), dtype=float
+    )
 
 
 def cheapest(space: SearchSpace, told: Callable[[Codes], NDArray[np.float64]], *, count: int) -> list[Arch]:

@@ -65,9 +65,9 @@ def test_archs_without_a_value_are_passed_over() -> None:
         return None if arch["s2.width"] == space.largest["s2.width"] else cost(arch)
 
     learned = learn(space, some, samples=60)
-    assert len(learned.known) < 50
+    assert len(learned.known) == len(learn(space, cost, samples=60).known)  # others make up for them
     assert learned.typical < 0.2
-    with pytest.raises(ValueError, match=r"only 0 of .* archs have a value"):
+    with pytest.raises(ValueError, match="only 0 archs have a value"):
         learn(space, lambda _: None, samples=20)
     few = space.only({"s1.width": [8], "s1.depth": [1], "s2.depth": [1], "s3.depth": [1], "resolution": [16]})
     whole = learn(few, some, samples=few.size)
