@@ -24,7 +24,7 @@ from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
 from nestling.profile.turns import turn
-from nestling.profile.worker_device import WorkerDevice
+from nestling.profile.worker_device import START_PAUSES, WorkerDevice
 
 TRIES = 3
 """A file on which so many workers were lost is not tried again."""
@@ -333,6 +333,7 @@ def open_device(
                 tolerance=tolerance,
                 timeout_seconds=timeout_seconds,
                 quiet=quiet,
+                start_pauses=START_PAUSES if len(members) == 1 else (),  # several are tried one after another
             )
             for member in members
         ],

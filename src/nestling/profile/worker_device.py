@@ -8,7 +8,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,8 @@ from nestling.profile.transport import (
 
 START_SECONDS = 60.0
 """What starting a worker may take: Python, the runtime's libraries, the reference model."""
+START_PAUSES = (1.0, 4.0)
+"""Seconds before each further try to start a worker that was lost while it started."""
 TOO_SLOW = (
     "all that is asked of a file at once may take {:.4g} s, of which timing needs three calls; for a slower "
     "file raise profile.timeout_seconds, or --seconds of nestling profile, which allows three times as long"
@@ -47,7 +49,18 @@ _COPY = re.compile(r"_token_\d+$")
 
 
 class WorkerDevice:
-    """A device behind a worker: one call at a time; the call after a loss starts another worker."""
+    """A device behind a worker: one call at a time; the call after a loss starts another worker.
+
+    Args:
+        address: of the device.
+        transport: how its worker is reached.
+        seconds, tolerance, timeout_seconds: as `connect` has them.
+        store: where measurements are kept.
+        quiet: by which a machine that is busy all the time is told.
+        start_pauses: seconds before each further try to start a worker that was lost while it started; none
+            where another device is tried first, as in a pool.
+        sleep: waits for so many seconds.
+    """
 
     def __init__(
         self,
@@ -59,11 +72,14 @@ class WorkerDevice:
         timeout_seconds: float,
         store: MeasurementStore | None = None,
         quiet: QuietTimes | None = None,
+        start_pauses: Sequence[float] = START_PAUSES,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.address = address
         self.transport = transport
         self.seconds, self.tolerance, self.timeout_seconds = seconds, tolerance, timeout_seconds
         self.store, self.quiet = store, quiet
+        self._start_pauses, self._sleep = tuple(start_pauses), sleep
         self._fingerprint: Fingerprint | None = None
         self._machine = ""
         self._held: dict[tuple[str, tuple[int, ...]], str] = {}
@@ -89,6 +105,8 @@ class WorkerDevice:
     def start(self) -> Fingerprint:
         """What the device is, with a worker running from now on.
 
+        A worker that is lost while it starts, as where memory runs out for a moment, is started again.
+
         Raises:
             DeviceError: the worker cannot be started, or lacks the runtime.
             LineLostError: there is no line to it.
@@ -101,10 +119,8 @@ class WorkerDevice:
                 return known
             self._held.clear()
             try:
-                self.transport.start()
-                fingerprint = self._introduce()
+                fingerprint = self._introduced()
             except DeviceError as error:
-                self.transport.stop()
                 if known is None or isinstance(error, LineLostError):
                     raise
                 raise DevicesGoneError(
@@ -306,6 +322,20 @@ class WorkerDevice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _introduced(self) -> Fingerprint:
+        """What a new worker says of the device, after as many tries as the pauses allow; else none runs."""
+        pauses = list(self._start_pauses)
+        while True:
+            try:
+                self.transport.start()
+                return self._introduce()
+            except DeviceError as error:
+                self.transport.stop()
+                lost = isinstance(error, WorkerLostError) and not isinstance(error, LineLostError)
+                if not lost or not pauses:
+                    raise
+            self._sleep(pauses.pop(0))
 
     def _introduce(self) -> Fingerprint:
         until = time.monotonic() + START_SECONDS

@@ -50,6 +50,8 @@ class FakeTransport:
 
     def __init__(self, faults: Mapping[str, str | Mapping[str, Any] | WorkerLostError] | None = None) -> None:
         self.faults = dict(faults or {})
+        self.again: dict[str, list[str | WorkerLostError]] = {}
+        """What befalls a verb when it is asked next, and then."""
         self.running = False
         self.starts = 0
         self.cpu, self.machine = "A CPU", "one"
@@ -70,7 +72,7 @@ class FakeTransport:
         assert self.running
         verb = request["verb"]
         self.asked.append((verb, {**request, "bytes": len(blob), "timeout_seconds": timeout_seconds}))
-        fault = self.faults.pop(verb, None)
+        fault = self.again[verb].pop(0) if self.again.get(verb) else self.faults.pop(verb, None)
         if isinstance(fault, WorkerLostError):
             self.running = False
             raise fault
@@ -108,7 +110,11 @@ class FakeTransport:
 
 
 def fake_device(
-    transport: FakeTransport, *, store: MeasurementStore | None = None, quiet: QuietTimes | None = None
+    transport: FakeTransport,
+    *,
+    store: MeasurementStore | None = None,
+    quiet: QuietTimes | None = None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> WorkerDevice:
     return WorkerDevice(
         Address("cpu"),
@@ -118,6 +124,7 @@ def fake_device(
         timeout_seconds=5,
         store=store,
         quiet=quiet,
+        sleep=sleep,
     )
 
 
@@ -256,18 +263,48 @@ def test_a_device_that_was_there_and_cannot_be_started_any_more_is_gone(tiny: Pa
     with pytest.raises(DeviceError, match="not installed"):  # it was never there
         device.start()
     device.start()
-    for fault in ("not installed", WorkerLostError("out of memory")):
+    transport.stop()
+    transport.faults["hello"] = "not installed"
+    starts = transport.starts
+    with pytest.raises(DevicesGoneError, match=r"any more: .*not installed; the same command continues when"):
+        device.measure(tiny)
+    assert transport.starts == starts + 1  # asked again, it would say the same
+    assert not transport.running
+    assert device.measure(tiny).latency_ms == pytest.approx(3)
+
+
+@pytest.mark.parametrize("verb", ["hello", "load"])  # the reference model is loaded, too
+def test_a_worker_that_is_lost_while_it_starts_is_started_twice_more_after_pauses(
+    verb: str, tiny: Path
+) -> None:
+    slept: list[float] = []
+    transport = FakeTransport()
+    device = fake_device(transport, sleep=slept.append)
+
+    def lost(times: int) -> list[str | WorkerLostError]:
+        return [WorkerLostError("the worker was ended by SIGKILL") for _ in range(times)]
+
+    for begun in (False, True):
         transport.stop()
-        transport.faults["hello"] = fault
-        with pytest.raises(DevicesGoneError, match=f"any more: .*{fault}; the same command continues when"):
-            device.measure(tiny)
+        slept.clear()
+        transport.again[verb] = lost(2)
+        assert device.start().cpu == "A CPU"
+        assert slept == [1.0, 4.0]
+        transport.stop()
+        transport.again[verb] = lost(3)
+        if begun:
+            with pytest.raises(DevicesGoneError, match=r"any more: .*SIGKILL"):
+                device.measure(tiny)
+        else:
+            with pytest.raises(WorkerLostError, match="SIGKILL"):
+                fake_device(transport, sleep=slept.append).start()
         assert not transport.running
     assert device.measure(tiny).latency_ms == pytest.approx(3)
 
 
 def test_a_line_that_cannot_be_had_does_not_make_a_device_gone(tiny: Path) -> None:
     transport = FakeTransport()
-    device = fake_device(transport)
+    device = fake_device(transport, sleep=lambda _: pytest.fail("it was tried again"))
     device.start()
     transport.stop()
     transport.faults["hello"] = LineLostError("no route")
