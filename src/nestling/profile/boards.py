@@ -29,6 +29,8 @@ class Board:
     cause: str = ""
     """Why it was set aside last."""
     probing: bool = field(default=False)
+    is_member: bool = False
+    """Whether it was found to be of the pool's class when it was calibrated."""
     recent: list[float] = field(default_factory=list)
     """What the reference model took in its last stable measurements, in milliseconds."""
 
@@ -102,10 +104,21 @@ class DeviceClass:
         times = [found[name].reference_ms for name, one in named.items() if one == fingerprint]
         return cls(fingerprint, statistics.median_low(times), spread)
 
+    def renewed(self, found: Calibration, *, alone: bool) -> DeviceClass:
+        """The class, with the time of a board that is faster than one of it may be.
+
+        Nothing speeds a board up, so the class was calibrated while something slowed its boards down. A board
+        that is `alone` has nothing but itself to be compared with, and its own time holds, whatever it is.
+        """
+        faster = found.reference_ms * (1 + self.spread) < self.reference_ms
+        if (alone or faster) and self._is_of(found.fingerprint):
+            return replace(self, reference_ms=found.reference_ms)
+        return self
+
     def objection(self, found: Calibration) -> str | None:
         """Why a board is not of this class; None where it is."""
-        theirs = replace(found.fingerprint, device=self.fingerprint.device)
-        if theirs != self.fingerprint:
+        if not self._is_of(found.fingerprint):
+            theirs = replace(found.fingerprint, device=self.fingerprint.device)
             return f"it is another kind of device ({theirs}) than the others ({self.fingerprint})"
         ratio = found.reference_ms / self.reference_ms
         if 1 / (1 + self.spread) <= ratio <= 1 + self.spread:
@@ -114,3 +127,6 @@ class DeviceClass:
             f"the reference model takes {found.reference_ms:.3g} ms there and {self.reference_ms:.3g} ms on "
             f"the others, {ratio:.2f} times as long; {1 + self.spread:.2f} times is the most in one class"
         )
+
+    def _is_of(self, fingerprint: Fingerprint) -> bool:
+        return replace(fingerprint, device=self.fingerprint.device) == self.fingerprint

@@ -54,17 +54,9 @@ def reference_ms(taken: Measurement) -> float:
     return float(np.median(taken.reference_seconds)) * 1e3
 
 
-@contextmanager
-def _as_failure() -> Iterator[None]:
-    """Makes of one device that is gone a board that fails, as others may be there.
-
-    Raises:
-        DeviceError: why it is gone.
-    """
-    try:
-        yield
-    except DevicesGoneError as gone:
-        raise gone.__cause__ if isinstance(gone.__cause__, DeviceError) else DeviceError(str(gone)) from gone
+def _why_gone(gone: DevicesGoneError) -> DeviceError:
+    """Why one device is gone: to a pool it is a board that fails, as others may be there."""
+    return gone.__cause__ if isinstance(gone.__cause__, DeviceError) else DeviceError(str(gone))
 
 
 class Roster:
@@ -196,11 +188,12 @@ class Roster:
         board, lease = loan.board, loan.lease
         ready = False
         try:
-            with _as_failure():
-                board.device.start()
-                ready = True
-                done = work(board.device)
-        except DeviceError as error:
+            board.device.start()
+            ready = True
+            done = work(board.device)
+        except (DeviceError, DevicesGoneError) as told:
+            # work may start the worker anew: where that is impossible, no file is to blame
+            ready, error = (False, _why_gone(told)) if isinstance(told, DevicesGoneError) else (ready, told)
             if ready and not isinstance(error, WorkerLostError):
                 self.queue.fail(lease, "refused", str(error))
                 with self._lock:
@@ -293,9 +286,11 @@ class Roster:
             while (lease := self.queue.take(None, [board.name])) is None:
                 if self._closed.wait(POLL_SECONDS):
                     return "the pool was closed"
-            with self.held(Loan(board, lease)), _as_failure():
+            with self.held(Loan(board, lease)):
                 board.device.start()
                 taken = self._calibrated(board)
+        except DevicesGoneError as gone:
+            return str(_why_gone(gone))
         except (DeviceError, StoreError) as error:
             return str(error)
         except Exception as error:  # one board must not end the pool or its own probing, whatever it answers
@@ -311,15 +306,25 @@ class Roster:
         return taken[-1] if not taken[-1].unstable else min(taken, key=reference_ms)
 
     def _judge(self, board: Board, visit: Calibration | str, settled: DeviceClass) -> None:
-        """Puts the board into service or sets it aside, by what a visit found."""
-        objection = visit if isinstance(visit, str) else settled.objection(visit)
+        """Puts the board into service or sets it aside, by what a visit found.
+
+        One that is faster than its class was is believed where it was of the class itself, or of two; where
+        it never was, the others are the majority.
+        """
         with self._lock:
+            settled = self._class or settled  # another board may have been visited meanwhile
+            members = sum(one.is_member for one in self._boards)
+            if isinstance(visit, Calibration) and (board.is_member or members == 1):
+                settled = self._class = settled.renewed(visit, alone=self.size == 1)
+            objection = visit if isinstance(visit, str) else settled.objection(visit)
             was_in_service, board.probing = board.in_service, False
             if objection is not None:
                 known = not was_in_service and board.cause == objection
                 board.set_aside(objection, now=self._clock())
-            elif not was_in_service:
-                board.admit()
+            else:
+                board.is_member = True
+                if not was_in_service:
+                    board.admit()
         if objection is not None and not known:
             self._tell(f"{board.name} is set aside: {objection}")
         elif objection is None and not was_in_service:

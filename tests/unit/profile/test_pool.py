@@ -28,6 +28,7 @@ from nestling.profile import (
 from nestling.profile.address import SshPlace
 from nestling.profile.boards import FIRST_REST, Board
 from nestling.profile.leases import Job, JobState, LeaseQueue
+from nestling.profile.roster import TryLost
 from nestling.profile.transport import Answer
 
 SEGFAULT = WorkerLostError("the worker was ended by SIGSEGV during 'time'")
@@ -140,6 +141,7 @@ def make(tmp_path: Path, clock: Clock, told: list[str]) -> Iterator[Made]:
                 seconds=1.0,
                 tolerance=0.01,
                 timeout_seconds=5,
+                start_pauses=(),
             )
             for number, board in enumerate(boards)
         ]
@@ -400,6 +402,48 @@ def test_of_two_boards_the_faster_one_is_believed(make: Made) -> None:
     assert pool.in_service == ("ssh://1/ort:cpu?threads=1",)
 
 
+def rested(make: Made, clock: Clock, took: list[float], now: list[float]) -> DevicePool:
+    """A pool of boards that took so long when it was opened and take so long `now`; the first was probed."""
+    boards = [FakeBoard(reference_ms=each) for each in took]
+    pool = make(*boards)
+    pool.start()
+    for board, each in zip(boards, now, strict=True):
+        board.reference_ms = each
+    first, starts = pool._roster._boards[0], boards[0].starts
+    if first.in_service:
+        first.set_aside("its line was cut", now=clock.now)
+    first.device.close()
+    clock.now += FIRST_REST
+    pool._roster.borrow(None, avoid=set())
+    wait_for(lambda: boards[0].starts > starts and not first.probing)
+    return pool
+
+
+@pytest.mark.parametrize("now", [[1.0], [2.2]])
+def test_a_board_alone_is_compared_with_no_other_time_of_its_own(
+    make: Made, clock: Clock, told: list[str], now: list[float]
+) -> None:
+    assert rested(make, clock, [1.5], now).in_service == ("ssh://0/ort:cpu?threads=1",)
+    assert told == ["ssh://0/ort:cpu?threads=1 is back in service"]
+
+
+@pytest.mark.parametrize(
+    ("took", "now", "returns"),
+    [
+        ([1.5, 1.5, 1.5], [1.0, 1.5, 1.5], True),  # it was slowed down when all were calibrated
+        ([1.5, 1.5, 1.5], [2.0, 1.5, 1.5], False),
+        ([1.0, 1.5, 1.5], [1.0, 1.5, 1.5], False),  # it never was of the class
+        ([3.0, 1.5], [1.0, 1.5], True),  # of two the faster one
+    ],
+)
+def test_of_a_class_a_board_may_become_faster_but_not_slower(
+    make: Made, clock: Clock, took: list[float], now: list[float], returns: bool
+) -> None:
+    pool = rested(make, clock, took, now)
+    assert ("ssh://0/ort:cpu?threads=1" in pool.in_service) == returns
+    assert pool._roster.start().reference_ms == (1.0 if returns else 1.5)
+
+
 def test_a_board_of_another_kind_is_set_aside(make: Made, told: list[str]) -> None:
     other = FakeBoard()
     other.cpu = "Another CPU"
@@ -426,6 +470,45 @@ def test_a_board_that_is_gone_is_set_aside_and_the_others_measure_on(
     assert outcomes(pool)[0] == ("0", "board")
     said = "is now .*Another CPU" if how == "another" else "aside: Python is gone$"
     assert re.search(said, told[0])
+
+
+@pytest.mark.parametrize("how", ["cannot be started", "lost", "another"])
+def test_a_board_that_is_gone_when_work_starts_it_anew_is_no_fault_of_the_file(
+    make: Made, tmp_path: Path, told: list[str], how: str
+) -> None:
+    board = FakeBoard()
+    pool = make(board, FakeBoard())
+    pool.start()
+    if how == "another":
+        board.cpu = "Another CPU"
+    else:
+        board.nonsense = DeviceError("Python is gone") if how == "cannot be started" else SEGFAULT
+    first, second = files(tmp_path, 2)
+    # three times: so many losses of workers would be enough to give up the file
+    found = [pool.compare(first, second, seconds=1.0, fresh=True) for _ in range(3)]
+    assert [taken.ratio for taken in found] == [pytest.approx(3)] * 3
+    assert pool.in_service == ("ssh://1/ort:cpu?threads=1",)
+    assert len(told) == 1
+
+
+def test_a_worker_that_dies_before_it_is_asked_and_cannot_be_started_is_the_board_s_failure(
+    make: Made, tmp_path: Path
+) -> None:
+    board = FakeBoard()
+    pool, [path] = make(board, FakeBoard()), files(tmp_path, 1)
+    pool.start()
+    loan = pool._roster.borrow(pool._job(path), avoid=set())
+    assert loan is not None
+
+    def dies(device: WorkerDevice) -> None:
+        board.running, board.nonsense = False, SEGFAULT
+        device.measure(path)
+
+    with pool._roster.held(loan), pytest.raises(TryLost) as lost:
+        pool._roster.use(loan, dies)
+    assert not lost.value.strike
+    assert outcomes(pool) == [("0", "board")]
+    assert pool.queue.state(pool._job(path)).strikes == 0
 
 
 def test_a_board_that_cannot_be_reached_at_first_does_not_stop_the_others(
