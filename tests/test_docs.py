@@ -39,6 +39,15 @@ def test_every_space_loads_and_its_ends_can_be_built(path: Path) -> None:
     assert sizes[0] < sizes[1]
 
 
+def test_the_readme_says_where_it_runs_and_no_code_is_for_other_systems() -> None:
+    told = (ROOT / "README.md").read_text().split("## Two minutes\n")[1].split("\n## ")[0]
+    assert "on Windows it does not" in told
+    package = ROOT / "src" / "nestling"
+    # the worker is a program by itself, for boards
+    others = {path.name for path in package.rglob("*.py") if "win32" in path.read_text()} - {"worker.py"}
+    assert others == set()
+
+
 def test_the_readme_s_map_is_the_tree() -> None:
     readme = (ROOT / "README.md").read_text()
     told = re.search(r"```text\nsrc/nestling/\n(.*?)```", readme, re.DOTALL)

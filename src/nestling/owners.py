@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import socket
-import sys
 import uuid
 from functools import cache
 from pathlib import Path
@@ -81,8 +80,6 @@ def _is_whole(owner: str) -> bool:
 
 
 def _exists(pid: int) -> bool:
-    if sys.platform == "win32":  # where the question would end the process
-        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -8,13 +8,23 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nestling.profile.address import POOL
 
 PATIENCE_SECONDS = 10.0
 """Who waits for longer is told so."""
+
+
+def shared_folders() -> list[Path]:
+    """The folders in which all processes of this user on this machine look for a turn, in one order.
+
+    None follows TMPDIR, which schedulers set for each job. A session may lack the one of `/run/user`, a
+    service may have a `/tmp` of its own: a turn is taken in both, so that those with one in common meet.
+    """
+    found = [Path(f"/run/user/{os.getuid()}"), Path("/tmp")]
+    return [one for one in found if one.is_dir() and os.access(one, os.W_OK)] or [Path(tempfile.gettempdir())]
 
 
 @contextmanager
@@ -33,16 +43,26 @@ def turn(
 
     Args:
         device: its name; that of a pool, or of a board that a line leads to, takes no turn.
-        folder: where the turns' file is, the same for all processes; by default the machine's folder of
-            temporary files.
+        folder: where the turns' file is, the same for all processes; by default the `shared_folders`.
         tell: is given a sentence, by another thread, when the wait becomes long; None: nobody is told.
         patience_seconds: how long that is.
     """
     if device.startswith(POOL) or "://" in device:
         yield
         return
-    path = (folder or Path(tempfile.gettempdir())) / f"nestling-{os.getuid()}-measures"
+    with ExitStack() as held:
+        for shared in shared_folders() if folder is None else [folder]:
+            held.enter_context(_held(shared, device, tell=tell, patience_seconds=patience_seconds))
+        yield
+
+
+@contextmanager
+def _held(
+    folder: Path, device: str, *, tell: Callable[[str], None] | None, patience_seconds: float
+) -> Iterator[None]:
+    """Waits for the turn in one folder, and has it."""
     # the folder may be anybody's: no link of theirs is followed
+    path = folder / f"nestling-{os.getuid()}-measures"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         _lock(descriptor, device, tell=tell, patience_seconds=patience_seconds)

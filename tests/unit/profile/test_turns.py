@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from nestling.profile import Measurement, compare_files, profile_file
+from nestling.profile import Measurement, compare_files, profile_file, turns
 from nestling.profile.pool import in_turn
 from nestling.profile.turns import turn
 
 HOLDS = """
-import sys, fcntl, os
-file = os.open(sys.argv[1], os.O_RDWR)
-fcntl.flock(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
+import sys
+from pathlib import Path
+from nestling.profile.turns import turn
+with turn("ort:cpu", folder=Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -52,23 +52,20 @@ def test_boards_and_pools_wait_for_nobody(device: str, tmp_path: Path) -> None:
         assert not is_free(tmp_path)
 
 
-def test_who_waits_long_is_told_for_whom(tmp_path: Path) -> None:
-    with turn("ort:cpu", folder=tmp_path):
-        pass
-    [file] = tmp_path.iterdir()
-    words = [sys.executable, "-c", HOLDS, str(file)]
-    said: list[str] = []
+def test_who_waits_long_is_told_for_whom_and_goes_on_when_that_process_is_killed(tmp_path: Path) -> None:
+    words, said = [sys.executable, "-c", HOLDS, str(tmp_path)], list[str]()
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
+        assert not is_free(tmp_path)
 
         def tell(sentence: str) -> None:
             said.append(sentence)
             holder.kill()
 
         with turn("openvino:cpu", folder=tmp_path, tell=tell, patience_seconds=0.01):
-            pass
-    assert [one.partition(" is ")[0] for one in said] == [f"openvino:cpu waits: process {os.getpid()}"]
+            assert not is_free(tmp_path)
+    assert [one.partition(" is ")[0] for one in said] == [f"openvino:cpu waits: process {holder.pid}"]
 
 
 def test_who_need_not_wait_is_told_nothing(tmp_path: Path) -> None:
@@ -76,19 +73,25 @@ def test_who_need_not_wait_is_told_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_a_turn_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    with turn("ort:cpu", folder=tmp_path):
-        pass
-    [file] = tmp_path.iterdir()
-    words = [sys.executable, "-c", HOLDS, str(file)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        assert not is_free(tmp_path)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    with turn("ort:cpu", folder=tmp_path):
-        assert not is_free(tmp_path)
+def test_processes_share_turns_whatever_their_folders_of_temporary_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = turns.shared_folders()
+    assert Path("/tmp") in found
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert turns.shared_folders() == found
+
+
+def test_those_who_share_one_folder_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "session", tmp_path / "all"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(turns, "shared_folders", lambda: folders)
+    with turn("ort:cpu"):
+        assert [is_free(folder) for folder in folders] == [False, False]
+    assert [is_free(folder) for folder in folders] == [True, True]
 
 
 def test_a_link_in_the_place_of_a_turn_is_not_followed(tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ def watched(measurement: Measurement, folder: Path, alone: list[bool]) -> Any:
 def test_a_person_s_measurements_take_turns_too(
     what: str, tmp_path: Path, measured: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(turns, "shared_folders", lambda: [tmp_path])
     alone: list[bool] = []
     device = watched(measured(*[1.0] * 20), tmp_path, alone)
     if what == "profile":
@@ -141,7 +144,7 @@ def test_a_person_s_measurements_take_turns_too(
 def test_a_board_of_a_pool_that_is_this_machine_takes_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(turns, "shared_folders", lambda: [tmp_path])
     here: Any = SimpleNamespace(name="ort:cpu?threads=1")
     away: Any = SimpleNamespace(name="ssh://board/ort:cpu?threads=1")
     assert in_turn(here, lambda: not is_free(tmp_path))
