@@ -4,10 +4,12 @@ Claims:
 
 1. Faults are injected into the worker in a real search on digits: SIGSEGV, SIGKILL, no memory, hangs while
    loading and while running. Each fails one candidate, whose trial says why; the search goes on to its end.
+   Workers that are lost while they start, twice in a row, fail none.
 2. Lines to three boards (ssh servers on this machine) are cut while a pool measures: each file is measured
    once, and the time is told beside that of a run whose lines are not cut.
 3. Hostile and mutated ONNX files are measured one after another: no file is read, made or changed outside,
-   none outlives its limit, each refusal says why, and an ordinary file is measured afterwards.
+   none outlives its limit, none but endless ones costs a worker, each refusal says why, and an ordinary file
+   is measured afterwards.
 4. A search on a pool is killed with SIGKILL at random moments and continued: no trial is lost or doubled,
    none has failed because of the kills, no lease is left, no worker outlives it.
 
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from device_faults_files import files
+from device_faults_files import REFUSED, files, may_be_ended
 from device_faults_worker import SAID, new_plan, read_plan
 from kill_resume import (
     account_of,
@@ -62,13 +64,20 @@ from nestling.profile import (
 )
 from nestling.profile.address import parse_address
 from nestling.profile.leases import Attempt, LeaseQueue
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.transport_local import LocalProcess
 from nestling.search import Trial
 from nestling.search.lost import LOST
 
 PARTS = ("faults", "cuts", "files", "kills")
-FULL = {"faults": 100, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "killed": 30, "measured": 120}
-QUICK = {"faults": 10, "cuts": 3, "files": 130, "kills": 4, "trials": 24, "killed": 10, "measured": 36}
+FULL = {
+    "faults": 100, "starts": 20, "cuts": 20, "files": 1000, "kills": 50, "trials": 150, "killed": 30,
+    "measured": 120,
+}  # fmt: skip
+QUICK = {
+    "faults": 10, "starts": 4, "cuts": 3, "files": 130, "kills": 4, "trials": 24, "killed": 10,
+    "measured": 36,
+}  # fmt: skip
 HANG_SECONDS = 4.0
 """What a call of the device may take where hangs are injected, and for a hostile file."""
 MEMORY_MB = 4096
@@ -94,11 +103,11 @@ def train(work: Path, *, trials: int) -> Path:
     return run
 
 
-def faulty_search(run: Path, work: Path, *, faults: int, seed: int) -> dict[str, Any]:
-    """What a search tells of which the worker suffered `faults`."""
+def faulty_search(run: Path, work: Path, *, faults: int, starts: int, seed: int) -> dict[str, Any]:
+    """What a search tells of which the worker suffered `faults`, and was lost in so many of its `starts`."""
     folder, plan = work / "faulty", work / "plan.json"
     copy_trained(run, folder, objectives=["top1", "latency_ms"])
-    new_plan(plan, faults=faults, seed=seed)
+    new_plan(plan, faults=faults, starts=starts, seed=seed)
     script = Path(__file__).with_name("device_faults_worker.py")
     bench = open_run(folder)
     bench.device = WorkerDevice(
@@ -108,13 +117,15 @@ def faulty_search(run: Path, work: Path, *, faults: int, seed: int) -> dict[str,
         tolerance=bench.config.profile.tolerance,
         timeout_seconds=HANG_SECONDS,
         store=MeasurementStore(folder / "measurements.db"),
+        quiet=QuietTimes(folder / "devices.db"),
     )
     began = time.monotonic()
     try:
         result = search_supernet(bench, listener=Silent())
     finally:
         bench.close()
-    happened = read_plan(plan)["happened"]
+    told = read_plan(plan)
+    happened = told["happened"]
     failed = [trial for trial in result.trials if trial.state == "failed"]
     unexplained = [
         f"trial {trial.number}, {fault['kind']} during {fault['verb']}: {trial.reason}"
@@ -125,6 +136,7 @@ def faulty_search(run: Path, work: Path, *, faults: int, seed: int) -> dict[str,
     complete = [trial for trial in evaluated if trial.state == "complete"]
     return {
         "injected": dict(Counter(fault["kind"] for fault in happened)),
+        "starts_lost": dict(Counter(told["starts_lost"])),
         "failed_trials": len(failed),
         "unexplained": unexplained,
         "failed_without_cause": sum(not trial.reason for trial in failed),
@@ -270,7 +282,7 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
     target = work / "hostile.onnx"
     outcomes: Counter[str] = Counter()
     slowest, unnamed, others = 0.0, list[str](), Counter[str]()
-    admitted: list[str] = []
+    admitted, lost_by = list[str](), list[str]()
     device = WorkerDevice(
         parse_address(f"ort:cpu?memory={MEMORY_MB}M"),
         transport=LocalProcess(
@@ -301,11 +313,13 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
             except WorkerLostError as error:
                 outcome = "ended at its limit" if "no answer" in str(error) else "worker lost"
                 others[f"{name}: {outcome}"] += 1
+                if outcome == "worker lost" or not may_be_ended(name):
+                    lost_by.append(f"{name}: {error}")
                 unnamed += [] if str(target) in str(error) else [f"{name}: {error}"]
             except DeviceError as error:
                 outcome = "refused"
                 unnamed += [] if str(target) in str(error) else [f"{name}: {error}"]
-            if name.startswith("external") and outcome != "refused":
+            if name.startswith(REFUSED) and outcome != "refused":
                 admitted.append(f"{name}: {outcome}")
             slowest = max(slowest, time.monotonic() - began)
             outcomes[outcome] += 1
@@ -320,7 +334,8 @@ def hostile_files(work: Path, *, count: int, seed: int) -> dict[str, Any]:
         "touched_outside": touched,
         "left_behind": [name for name in left if name not in ("canary", "linked")],
         "not_named": unnamed,
-        "external_not_refused": admitted,
+        "not_refused": admitted,
+        "lost_by_others": lost_by,
         "good_file_after": round(statistics.median(again) / statistics.median(expected), 2),
         "search_grew_mb": round(memory_mb() - before, 1),
     }
@@ -397,7 +412,9 @@ def measure(options: argparse.Namespace) -> Figures:
         if {"faults", "kills"} & set(options.only):
             run = train(work, trials=sizes["trials"])
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "faults": lambda: faulty_search(run, work, faults=sizes["faults"], seed=options.seed),
+            "faults": lambda: faulty_search(
+                run, work, faults=sizes["faults"], starts=sizes["starts"], seed=options.seed
+            ),
             "cuts": lambda: cut_lines(work, sizes["measured"], cuts=sizes["cuts"], seed=options.seed),
             "files": lambda: hostile_files(work, count=sizes["files"], seed=options.seed),
             "kills": lambda: killed_searches(
@@ -424,6 +441,8 @@ def misses(figures: Figures) -> list[str]:
         wrong(
             "faults", f"{injected} were injected, {sizes['faults']} were to be", injected != sizes["faults"]
         )
+        starts = sum(part["starts_lost"].values())
+        wrong("faults", f"{starts} starts were lost, {sizes['starts']} were to be", starts != sizes["starts"])
         wrong(
             "faults",
             f"{part['failed_trials']} trials failed of {injected} faults",
@@ -450,7 +469,7 @@ def misses(figures: Figures) -> list[str]:
             f"{part['files']} were tried, {sizes['files']} were to be",
             part["files"] != sizes["files"],
         )
-        for name in ("touched_outside", "left_behind", "not_named", "external_not_refused"):
+        for name in ("touched_outside", "left_behind", "not_named", "not_refused", "lost_by_others"):
             wrong("files", f"{name.replace('_', ' ')}: {part[name]}", bool(part[name]))
         late = part["slowest_seconds"] > HANG_SECONDS + 2
         wrong("files", f"one took {part['slowest_seconds']} s, the limit is {HANG_SECONDS} s", late)
@@ -477,7 +496,8 @@ def sentence(figures: Figures) -> str:
     if (part := figures.get("faults")) is not None:
         told.append(
             f"{sum(part['injected'].values())} faults in the worker failed {part['failed_trials']} trials, "
-            f"{len(part['unexplained'])} without their cause"
+            f"{len(part['unexplained'])} without their cause, and {sum(part['starts_lost'].values())} lost "
+            "starts none"
         )
     if (part := figures.get("cuts")) is not None:
         cut = part["cut"]

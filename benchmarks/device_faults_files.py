@@ -21,6 +21,17 @@ from onnx import (
 
 SHAPE = [1, 3, 8, 8]
 FUNCTION_LEVELS = 60
+MUTATED = "mutated "
+"""With this the name of a mutated file begins."""
+REFUSED = ("external", "number for")
+"""With these the names of files begin that must be refused, whatever the runtime would make of them."""
+ENDLESS = ("nested functions", "endless loop", "long loop")
+"""Files that nothing but their limit ends, and mutations of them."""
+
+
+def may_be_ended(name: str) -> bool:
+    """Whether a file of this name may cost its worker, by the limit."""
+    return name.removeprefix(MUTATED) in ENDLESS
 
 
 def model(
@@ -289,10 +300,10 @@ def files(
     rng = random.Random(seed)
     named = list(hostile(canaries, folder))[:count]
     yield from named
-    small = [content for _, content in named if 0 < len(content) < 1_000_000]
+    small = [(name, content) for name, content in named if 0 < len(content) < 1_000_000]
     for _ in range(count - len(named)):
-        ordinary = rng.random() < 0.8
-        yield (
-            ("mutated network" if ordinary else "mutated hostile file"),
-            mutated(rng.choice(whole if ordinary else small), rng),
-        )
+        if rng.random() < 0.8:
+            yield f"{MUTATED}network", mutated(rng.choice(whole), rng)
+        else:
+            name, content = rng.choice(small)
+            yield f"{MUTATED}{name}", mutated(content, rng)

@@ -22,6 +22,8 @@ from nestling.profile import worker
 
 LOADS = ("load", "optimized")
 RUNS = ("time", "predict")
+AT_START = ("SIGSEGV", "SIGKILL")
+"""What befalls a worker while it says hello: twice in a row, and no candidate is to suffer from it."""
 KINDS = ("SIGSEGV", "SIGKILL", "out of memory", "hang on load", "hang on run")
 SAID = {
     "SIGSEGV": "SIGSEGV",
@@ -35,11 +37,16 @@ SAID = {
 Verb = Callable[[Mapping[str, Any], bytearray], tuple[dict[str, Any], bytes]]
 
 
-def new_plan(path: Path, *, faults: int, seed: int) -> None:
-    """Writes a plan of so many faults, all kinds alike often, in random order."""
+def new_plan(path: Path, *, faults: int, starts: int, seed: int) -> None:
+    """Writes a plan of so many faults, all kinds alike often, in random order, and of so many lost starts."""
     kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
     random.Random(seed).shuffle(kinds)
-    write_plan(path, {"seed": seed, "left": kinds, "wait": 9, "happened": []})
+    lost = [AT_START[number % len(AT_START)] for number in range(starts)]
+    write_plan(
+        path,
+        {"seed": seed, "left": kinds, "wait": 9, "happened": []}
+        | {"starts_left": lost, "start_wait": 0, "starts_lost": []},
+    )
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -74,6 +81,21 @@ def fault(verb: str, path: Path) -> str | None:
     return str(kind)
 
 
+def fault_at_start(path: Path) -> str | None:
+    """The fault that befalls the worker while it says hello, if any; the plan has been told.
+
+    It befalls the first worker and the next one, then two that start are let be.
+    """
+    plan = read_plan(path)
+    if plan["start_wait"] > 0 or not plan["starts_left"]:
+        write_plan(path, {**plan, "start_wait": max(0, plan["start_wait"] - 1)})
+        return None
+    kind = plan["starts_left"].pop(0)
+    plan["starts_lost"].append(kind)
+    write_plan(path, {**plan, "start_wait": 2 * (len(plan["starts_lost"]) % 2 == 0)})
+    return str(kind)
+
+
 def befall(kind: str) -> None:
     """Does to this process what `kind` says."""
     if kind.startswith("SIG"):
@@ -97,13 +119,21 @@ def faulty(verb: str, serve: Verb, path: Path) -> Verb:
 
 
 class FaultyWorker(worker.Worker):
-    """The worker, whose verbs that load or run a candidate go wrong as the plan says."""
+    """The worker, whose hello, and whose verbs that load or run a candidate, go wrong as the plan says."""
 
     def __init__(self) -> None:
         super().__init__()
         path = Path(sys.argv[1])
         for verb in (*LOADS, *RUNS):
             self.verbs[verb] = faulty(verb, self.verbs[verb], path)
+        hello = self.verbs["hello"]
+
+        def faulty_hello(request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
+            if (kind := fault_at_start(path)) is not None:
+                befall(kind)
+            return hello(request, blob)
+
+        self.verbs["hello"] = faulty_hello
 
 
 if __name__ == "__main__":

@@ -29,10 +29,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 Load = Callable[[str], ModuleType]
 
 FAULTS: dict[str, Any] = {
-    "sizes": {"faults": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 6, "killed": 4, "measured": 2},
+    "sizes": {
+        "faults": 2, "starts": 2, "cuts": 1, "files": 3, "kills": 1, "trials": 6, "killed": 4, "measured": 2,
+    },
     "faults": {
         "injected": {"SIGSEGV": 1, "hang on run": 1}, "failed_trials": 2, "unexplained": [],
         "failed_without_cause": 0, "doubled": 0, "wrong_on_front": 0, "front": 1, "complete_trials": 4,
+        "starts_lost": {"SIGSEGV": 1, "SIGKILL": 1},
     },
     "cuts": {
         "cut": {
@@ -43,7 +46,7 @@ FAULTS: dict[str, Any] = {
     },
     "files": {
         "files": 3, "touched_outside": [], "left_behind": [], "not_named": [], "slowest_seconds": 4.1,
-        "external_not_refused": [], "search_grew_mb": 9.0,
+        "not_refused": [], "lost_by_others": [], "search_grew_mb": 9.0,
         "workers_lost_by": {"endless loop: ended at its limit": 1},
     },
     "kills": {
@@ -83,7 +86,9 @@ BAD = [
     ("device_faults", ("files", "touched_outside"), ["opened /canary"]),
     ("device_faults", ("files", "slowest_seconds"), 60.0),
     ("device_faults", ("files", "files"), 2),
-    ("device_faults", ("files", "external_not_refused"), ["external data: measured"]),
+    ("device_faults", ("files", "not_refused"), ["number for a graph: measured"]),
+    ("device_faults", ("files", "lost_by_others"), ["empty: the worker was ended by SIGSEGV"]),
+    ("device_faults", ("faults", "starts_lost"), {"SIGSEGV": 1}),
     ("device_faults", ("kills", "searches", 0, "measured_twice"), 1),
     ("device_faults", ("kills", "searches", 0, "lost_or_changed"), 1),
     ("device_faults", ("kills", "searches", 0, "failed_by_kills"), 1),
@@ -169,9 +174,10 @@ def test_hostile_files_are_what_they_say(load: Load, tmp_path: Path) -> None:
     names = Counter(name for name, _ in made)
     assert names["giant constant"] == 4
     assert names["number for a node's text"] == 12
+    assert set(module.ENDLESS) <= set(names)
     assert names["external with a number for its name"] == 20
     for name, content in made:
-        if name.startswith(("external", "number for")):
+        if name.startswith(module.REFUSED):
             with pytest.raises(RefusalError):
                 refuse_external_data(content)
     by_name = dict(made)
@@ -193,11 +199,17 @@ def test_mutations_differ_and_repeat(load: Load, tmp_path: Path) -> None:
     assert made(0) == made(0) != made(1)
     mutated = [content for name, content in made(0) if name == "mutated network"]
     assert sum(content != whole[0] for content in mutated) > 0.9 * len(mutated)
+    # what was mutated is told, as only endless files may cost a worker
+    hostile = {name for name, _ in module.hostile([tmp_path / "c"], tmp_path)}
+    sources = {name.removeprefix(module.MUTATED) for name, _ in made(0) if name.startswith(module.MUTATED)}
+    assert {"network"} < sources <= {"network"} | hostile
+    assert module.may_be_ended("mutated endless loop")
+    assert not module.may_be_ended("mutated giant constant")
 
 
 def test_a_plan_of_faults_comes_to_its_end_each_kind_alike_often(load: Load, tmp_path: Path) -> None:
     module, plan = load("device_faults_worker"), tmp_path / "plan.json"
-    module.new_plan(plan, faults=10, seed=0)
+    module.new_plan(plan, faults=10, starts=3, seed=0)
     rng = random.Random(0)
     for _ in range(200):
         verb = rng.choice(("load", "optimized", "time", "predict"))
@@ -207,6 +219,15 @@ def test_a_plan_of_faults_comes_to_its_end_each_kind_alike_often(load: Load, tmp
     happened = Counter(fault["kind"] for fault in module.read_plan(plan)["happened"])
     assert happened == dict.fromkeys(module.KINDS, 2)
     assert module.SAID.keys() == set(module.KINDS)
+    assert [module.fault_at_start(plan) for _ in range(6)] == [
+        "SIGSEGV",
+        "SIGKILL",
+        None,
+        None,
+        "SIGSEGV",
+        None,
+    ]
+    assert module.read_plan(plan)["starts_lost"] == ["SIGSEGV", "SIGKILL", "SIGSEGV"]
 
 
 @pytest.mark.parametrize(("kind", "status"), [("SIGSEGV", -11), ("SIGKILL", -9), ("out of memory", 1)])
