@@ -312,10 +312,11 @@ class Roster:
         it never was, the others are the majority.
         """
         with self._lock:
-            settled = self._class or settled  # another board may have been visited meanwhile
-            members = sum(one.is_member for one in self._boards)
-            if isinstance(visit, Calibration) and (board.is_member or members == 1):
-                settled = self._class = settled.renewed(visit, alone=self.size == 1)
+            if self._class is not None:  # all have been compared before; another one may have been since
+                settled = self._class
+                members = sum(one.is_member for one in self._boards)
+                if isinstance(visit, Calibration) and (board.is_member or members == 1):
+                    settled = self._class = settled.renewed(visit, alone=self.size == 1)
             objection = visit if isinstance(visit, str) else settled.objection(visit)
             was_in_service, board.probing = board.in_service, False
             if objection is not None:

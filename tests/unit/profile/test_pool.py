@@ -350,6 +350,12 @@ def test_a_board_of_another_speed_is_set_aside_with_figures(make: Made, told: li
     assert make(FakeBoard(), FakeBoard(reference_ms=1.2)).start().cpu == "A CPU"
 
 
+def test_when_a_pool_is_opened_the_majority_has_the_class_s_speed(make: Made) -> None:
+    pool = make(*(FakeBoard(reference_ms=each) for each in (1.5, 1.0, 1.5)))
+    pool.start()
+    assert pool.in_service == ("ssh://0/ort:cpu?threads=1", "ssh://2/ort:cpu?threads=1")
+
+
 @pytest.mark.parametrize(("restless", "in_service"), [(2, 3), (3, 2)])
 def test_an_unstable_calibration_is_taken_again_twice(make: Made, restless: int, in_service: int) -> None:
     board = FakeBoard()
