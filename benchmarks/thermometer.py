@@ -87,6 +87,12 @@ class Thermometer:
                 self._left_seconds -= min(spent, self._left_seconds)
                 return {**found, "restless": restless, "quiet": quiet}
 
+    def beside(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` gave, made once, and `quiet`: whether the machine was so before and after."""
+        before = self.slowness()
+        found = measure()
+        return {**found, "quiet": max(before, self.slowness()) <= QUIET}
+
     def _heard(self, seconds: float) -> None:
         """Keeps `seconds` where they are the fastest, and when a time about as fast was seen last."""
         now, known = time.time(), self._fastest

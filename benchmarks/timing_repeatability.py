@@ -13,17 +13,18 @@ fresh process, while the machine is quiet and while a busy loop has the other co
 The files take turns, so that a machine that changes over minutes changes the measurements of each. Then two
 copies of one file are compared with each other, as `nestling profile --compare` does it, 100 times.
 
-Whether the machine is quiet is not ours to say: a loop in plain Python is timed on every core before and
-after, and a round in which it took over 1.15 times its fastest time is made again, for all ways of measuring,
-after a pause; one that never was quiet is left out. How many were is told. (Other tenants of a host slow its
-cores by a third to a half.)
+Whether the machine is quiet without our busy loop is not ours to say: other tenants of a host slow its cores
+by a third to a half. So a loop in plain Python is timed on every core before and after each round, and where
+it took over 1.15 times its fastest time, others were at work. That is told; it is for `Device.measure` to
+see it and flag what it spoils.
 
-Claims, of the coefficient of variation of ours in each file:
+Claims, of the coefficient of variation of ours in each file, of the measurements that are not flagged:
 
-1. Quiet: at most 2 %, and at most 5 % of all measurements are flagged.
-2. Loaded: at most 4 %, of the measurements that are not flagged (where fewer than 3 are left, none is used).
-3. At most 5 of 100 comparisons of a file with its copy, on a quiet machine, claim a difference in what a user
-   reads. Of one that is unstable nothing is claimed there, and at most a quarter are.
+1. Without a load of ours: at most 2 %, of 3 measurements at least; and at most 5 % are flagged of those
+   during which nobody else was at work either.
+2. Loaded: at most 4 % (where fewer than 3 are left, none is used).
+3. At most 5 of 100 comparisons of a file with its copy claim a difference in what a user reads. Of one that
+   is unstable nothing is claimed there, and at most a quarter are of those beside which nobody was at work.
 
     python benchmarks/timing_repeatability.py [--check] [--measurements 20] [--comparisons 100] [--quick]
 
@@ -67,8 +68,7 @@ MOST_FLAGGED = 0.05
 LEAST_LEFT = 3
 MOST_CLAIMS = 0.05
 MOST_UNSTABLE = 0.25
-LEAST_QUIET = 0.5
-"""The part of the rounds in which the machine must have been quiet, of each file."""
+CALIBRATIONS = 5
 PLAIN = Path(__file__).with_name("plain_timing.py")
 
 
@@ -99,10 +99,10 @@ def plain(*paths: Path, seconds: float, calls: int = 1) -> list[list[float]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def calibrated(known: QuietTimes) -> dict[str, Any]:
-    """What the reference model takes, in seconds: so that the first measurement has something to go by."""
+def calibrate(known: QuietTimes) -> None:
+    """Times the reference model: so that the first measurement has something to go by."""
     with connect("ort:cpu", quiet=known) as device:
-        return {"seconds": statistics.median(device.calibrate(seconds=SECONDS).reference_seconds)}
+        device.calibrate(seconds=SECONDS)
 
 
 def one_round(path: Path, reference: Path, known: QuietTimes) -> dict[str, Any]:
@@ -123,7 +123,11 @@ def measure(options: argparse.Namespace) -> Figures:
     names = NETWORKS[:2] if options.quick else NETWORKS
     count = 3 if options.quick else options.measurements
     comparisons = 5 if options.quick else options.comparisons
-    settings = {"names": names, "seconds": (SECONDS, LOOP_SECONDS, COMPARE_SECONDS), "claims": "as told"}
+    settings = {
+        "names": names,
+        "seconds": (SECONDS, LOOP_SECONDS, COMPARE_SECONDS),
+        "claims": "beside a thermometer",
+    }
     parts = Parts(BENCHMARK.name + "_quick" * options.quick, settings)
     states = {"quiet": None, "loaded": max(os.sched_getaffinity(0))}
     files: dict[str, Any] = {name: {} for name in names}
@@ -132,15 +136,15 @@ def measure(options: argparse.Namespace) -> Figures:
         reference.write_bytes(reference_model())
         paths = write_networks(Path(folder), names, pixels=PIXELS)
         thermometer, known = Thermometer(), QuietTimes(Path(folder) / "devices.db")
-        thermometer.quietly(partial(calibrated, known))
+        for _ in range(CALIBRATIONS):
+            calibrate(known)
         for state, busy in states.items():
             with busy_core(busy):
                 rounds: list[dict[str, Any]] = []
                 for number in range(count):
                     rounds.append({})
                     for name, path in paths.items():
-                        measured = partial(one_round, path, reference, known)
-                        made = measured if busy is not None else partial(thermometer.quietly, measured)
+                        made = partial(thermometer.beside, partial(one_round, path, reference, known))
                         rounds[-1][name] = parts.part(f"{state} {number} {name}", made)
             for name in names:
                 taken = [one[name] for one in rounds]
@@ -151,18 +155,15 @@ def measure(options: argparse.Namespace) -> Figures:
             told = [
                 parts.part(
                     f"comparison {number}",
-                    partial(thermometer.quietly, partial(compare_with_copy, device, path)),
+                    partial(thermometer.beside, partial(compare_with_copy, device, path)),
                 )
                 for number, path in enumerate(turns)
             ]
     parts.finish()
-    unstable = sum(one["unstable"] for one in told)
-    claims = sum(one["claims"] for one in told)
-    speedups = [one["speedup"] for one in told]
-    differs = sum(one["differs"] for one in told)
-    restless = [one["restless"] for one in told]
-    copies = {"speedups": speedups, "claims": claims, "differs": differs, "unstable": unstable}
-    return {"files": files, "copies": {**copies, "restless": restless}}
+    copies: dict[str, Any] = {key: [one[key] for one in told] for key in ("speedup", "unstable", "quiet")}
+    copies["speedups"] = copies.pop("speedup")
+    copies |= {key: sum(one[key] for one in told) for key in ("claims", "differs")}
+    return {"files": files, "copies": copies}
 
 
 def compare_with_copy(device: Device, path: Path) -> dict[str, Any]:
@@ -179,22 +180,9 @@ def compare_with_copy(device: Device, path: Path) -> dict[str, Any]:
     }
 
 
-def quietly(found: Figures) -> list[bool]:
-    """Of each round, whether the machine was quiet; a busy loop of ours is not asked about."""
-    return list(found.get("quiet", [True] * len(found["ours"])))
-
-
 def used(found: Figures) -> list[float]:
-    """Our ratios of rounds on a quiet machine, without those that were flagged."""
-    rounds = zip(found["ours"], found["flagged"], quietly(found), strict=True)
-    return [ratio for ratio, because, quiet in rounds if quiet and not because]
-
-
-def flagged(found: Figures) -> int:
-    """How many rounds on a quiet machine were flagged."""
-    return sum(
-        quiet and bool(because) for because, quiet in zip(found["flagged"], quietly(found), strict=True)
-    )
+    """Our ratios without those that were flagged."""
+    return [ratio for ratio, because in zip(found["ours"], found["flagged"], strict=True) if not because]
 
 
 def variation(values: Sequence[float]) -> float:
@@ -204,21 +192,15 @@ def variation(values: Sequence[float]) -> float:
 
 def line(name: str, state: str, found: Figures) -> str:
     """One file's line in one state of the machine."""
-    left, several = used(found), sum(quietly(found))
-    ours = f"ours {variation(left):6.2%} ({flagged(found)} of {several} flagged)"
-    plain_part, loop = (f"{key} {variation(others(found, key)):6.2%}" for key in ("plain", "loop"))
+    left, several = used(found), len(found["ours"])
+    ours = f"ours {variation(left):6.2%} ({several - len(left)} of {several} flagged)"
+    plain_part, loop = (f"{key} {variation(found[key]):6.2%}" for key in ("plain", "loop"))
     return f"{name:24} {state:7} {ours}  {plain_part}  {loop}"
-
-
-def others(found: Figures, key: str) -> list[float]:
-    """What another way of measuring found in the rounds on a quiet machine."""
-    return [value for value, quiet in zip(found[key], quietly(found), strict=True) if quiet]
 
 
 def worst(figures: Figures, state: str, key: str) -> float:
     """The largest variation over the files; of ours where enough are left."""
-    states = [found[state] for found in figures["files"].values()]
-    kept = [used(found) if key == "ours" else others(found, key) for found in states]
+    kept = [used(found[state]) if key == "ours" else found[state][key] for found in figures["files"].values()]
     return max((variation(values) for values in kept if len(values) >= LEAST_LEFT), default=float("nan"))
 
 
@@ -227,12 +209,12 @@ def misses(figures: Figures) -> list[str]:
     told = []
     lost = total = 0
     for name, states in figures["files"].items():
-        left, several = used(states["quiet"]), quietly(states["quiet"])
-        total += sum(several)
-        lost += flagged(states["quiet"])
-        if sum(several) < LEAST_QUIET * len(several):
-            told.append(f"{name}: the machine was quiet in {sum(several)} of {len(several)} rounds only")
-        if not variation(left) <= MOST_QUIET:
+        quiet = states["quiet"]
+        left = used(quiet)
+        flags = [because for because, alone in zip(quiet["flagged"], quiet["quiet"], strict=True) if alone]
+        total += len(flags)
+        lost += sum(map(bool, flags))
+        if len(left) < LEAST_LEFT or not variation(left) <= MOST_QUIET:
             told.append(f"{name}, quiet: {variation(left):.2%} of variation (at most {MOST_QUIET:.0%})")
         left = used(states["loaded"])
         if len(left) >= LEAST_LEFT and not variation(left) <= MOST_LOADED:
@@ -244,8 +226,9 @@ def misses(figures: Figures) -> list[str]:
         told.append(
             f"{copies['claims']} of {len(copies['speedups'])} comparisons of copies claim a difference"
         )
-    if copies["unstable"] > MOST_UNSTABLE * len(copies["speedups"]):
-        told.append(f"{copies['unstable']} of {len(copies['speedups'])} comparisons of copies are unstable")
+    alone = [one for one, quiet in zip(copies["unstable"], copies["quiet"], strict=True) if quiet]
+    if sum(alone) > MOST_UNSTABLE * len(alone):
+        told.append(f"{sum(alone)} of {len(alone)} comparisons on a quiet machine are unstable")
     return told
 
 
@@ -257,17 +240,15 @@ def sentence(figures: Figures) -> str:
         beside = f"plain medians {medians:.1%}, ratios of loops {loops:.1%}"
         parts.append(f"{state}: at most {ours:.2%} ({beside})")
     quiet, loaded = ([f[state] for f in figures["files"].values()] for state in ("quiet", "loaded"))
-    counts = [(sum(map(flagged, found)), sum(map(sum, map(quietly, found)))) for found in (quiet, loaded)]
-    made = sum(len(found["ours"]) for found in quiet)
+    flags = [sum(sum(map(bool, one["flagged"])) for one in found) for found in (quiet, loaded)]
+    several = sum(len(one["ours"]) for one in quiet)
     copies = figures["copies"]
-    vain = sum(map(sum, (copies["restless"], *(f["quiet"]["restless"] for f in figures["files"].values()))))
+    alone = sum(sum(one["quiet"]) for one in quiet)
     return (
-        f"the variation of our ratio over fresh processes, {len(figures['files'])} files; "
-        f"{'; '.join(parts)}, {counts[1][0]} of {counts[1][1]} flagged there and {counts[0][0]} of "
-        f"{counts[0][1]} quiet ones, of {made}; {copies['claims']} of "
-        f"{len(copies['speedups'])} comparisons of a file with its copy claim a difference, "
-        f"{copies['unstable']} were unstable and claim nothing; {vain} rounds were made again, as others "
-        "kept the machine busy"
+        f"the variation of our ratio over fresh processes, {len(quiet)} files; {'; '.join(parts)}; "
+        f"{flags[0]} and {flags[1]} of {several} flagged; others were at work in {several - alone} of the "
+        f"quiet ones; {copies['claims']} of {len(copies['speedups'])} comparisons of a file with its copy "
+        f"claim a difference, {sum(copies['unstable'])} were unstable and claim nothing"
     )
 
 
