@@ -165,7 +165,7 @@ class Pair:
     gauged: int
     interrupted: bool
     slowed: bool
-    """Whether the device was slowed just before, meanwhile, or just after."""
+    """Whether the device was slowed just before it or just after it, or between its calls."""
 
 
 def interleave(
@@ -192,9 +192,9 @@ def interleave(
     fewer once half of `limit_seconds` is gone.
 
     Others who work on the same processor slow some networks more than others, for milliseconds or minutes. So
-    where the `best` time of a gauge is known, pairs count from when the gauge took about that: before, at and
-    after them. For such moments timing goes on, up to `PATIENCE` times `seconds`, and looks at the gauge
-    alone while it is slow. Where they stay too few, all pairs count.
+    where the `best` time of a gauge is known, pairs count from when the gauge took about that, just before
+    the candidate and just after it. For such moments timing goes on, up to `PATIENCE` times `seconds`, and
+    looks at the gauge alone while it is slow. Where they stay too few, all pairs count.
 
     Args:
         candidate, reference: what is timed.
@@ -222,7 +222,8 @@ def interleave(
     half_time = clock() + limit_seconds * 5e8
     last = _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
     begun, pairs = clock(), list[Pair]()
-    usable, check, first, slow = 0, TRUSTED_PAIRS, 0, False
+    gauging = best < float("inf")
+    usable, check, first, slow = 0, TRUSTED_PAIRS, 0, gauging and look() > SLOWED * best
     while len(pairs) < MOST_PAIRS:
         if len(pairs) >= TRUSTED_PAIRS:
             while slow and clock() < min(begun + PATIENCE * seconds * 1e9, half_time):
@@ -236,20 +237,20 @@ def interleave(
             before = waited()
             last[turn] = times[turn] = timer(call)
             interrupted |= waited() - before > INTERRUPTED * times[turn]
+        gauged = [times[1]] if gauge is None else [look()]
+        if gauging and gauge is None and first == 1:  # nothing has been seen yet after the candidate
+            gauged.append(look())
         first = 1 - first
-        gauged = times[1] if gauge is None else look()
-        slow, slow_before = gauged > SLOWED * best, slow
-        if pairs and slow and not pairs[-1].slowed:
-            pairs[-1].slowed = True
-            usable -= not pairs[-1].interrupted
-        pairs.append(Pair(times[0], times[1], gauged, interrupted, slow or slow_before))
-        usable += not (interrupted or pairs[-1].slowed)
+        slowed = slow or max(gauged) > SLOWED * best
+        slow = gauged[-1] > SLOWED * best
+        pairs.append(Pair(times[0], times[1], gauged[0], interrupted, slowed))
+        usable += not (interrupted or slowed)
         # a gauge that stays slow has only the patience left; one that does not, the budget
         patient = 1 if usable >= min(TRUSTED_PAIRS, len(pairs) / 2) else PATIENCE
         now = clock()
         if now >= half_time or (len(pairs) >= LEAST_PAIRS and now >= begun + patient * seconds * 1e9):
             break
-        if usable >= check and not (interrupted or pairs[-1].slowed):
+        if usable >= check and not (interrupted or slowed):
             good = [pair for pair in pairs if not (pair.interrupted or pair.slowed)]
             low, middle, high = median_interval([pair.candidate / pair.reference for pair in good])
             if high - low <= 2 * tolerance * middle:

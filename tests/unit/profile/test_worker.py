@@ -153,12 +153,16 @@ def test_pairs_count_from_moments_in_which_the_device_is_at_its_best() -> None:
     assert machine.slept > 0
 
 
-def test_a_pair_beside_a_slow_one_does_not_count() -> None:
-    # the candidate alone is slowed, before and after references that are: its own pair's may be fast
-    machine = SlowedMachine(partial(in_turns, quiet_ms=300, slow_ms=60))
-    timed = machine.measure(seconds=1.5)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_candidate_between_a_fast_reference_and_a_slow_one_does_not_count(seed: int) -> None:
+    # phases of any length, so that they begin and end at every point of a pair
+    rng = np.random.default_rng(seed)
+    changes = np.cumsum(rng.integers(30, 200, 10_000)) * 10**6
+    machine = SlowedMachine(lambda now: int(np.searchsorted(changes, now)) % 2 == 1)
+    timed = machine.measure(seconds=20)
+    assert len(timed.candidate) == worker.TRUSTED_PAIRS
+    assert timed.slowed >= 8
     assert set(timed.candidate) == {3_000_000}
-    assert timed.slowed >= 2
 
 
 def test_a_device_that_stays_slow_costs_the_patience_and_all_pairs_count() -> None:
@@ -174,8 +178,13 @@ def test_a_device_that_stays_slow_costs_the_patience_and_all_pairs_count() -> No
 
 def test_a_device_at_its_best_is_timed_as_if_that_were_not_known() -> None:
     known, unknown = SlowedMachine(lambda _: False), SlowedMachine(lambda _: False)
-    assert known.measure(seconds=1.0) == unknown.measure(seconds=1.0, best=float("inf"))
-    assert known.calls == unknown.calls
+    timed, others = known.measure(seconds=9.0), unknown.measure(seconds=9.0, best=float("inf"))
+    assert timed == others
+    assert len(timed.candidate) == worker.TRUSTED_PAIRS
+    # it looks once at the beginning, and after every candidate that has no reference behind it
+    assert known.calls.count("c") == unknown.calls.count("c")
+    looks = 1 + worker.TRUSTED_PAIRS // 2
+    assert known.calls.count("r") == unknown.calls.count("r") + 9 * looks
 
 
 def test_two_files_beside_each_other_are_timed_in_moments_that_a_gauge_tells() -> None:
