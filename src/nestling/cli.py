@@ -399,7 +399,12 @@ def profile(
             "[default: ort:cpu?threads=1]",
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="The longest that timing may take.")] = 3.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.01, help="The longest that timing may take; three times that while others slow the device."
+        ),
+    ] = 3.0,
     nodes: Annotated[bool, typer.Option("--nodes", help="Tell the time of each node.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with a picture of the nodes' times.")

@@ -305,7 +305,7 @@ class ProfileConfig(Part):
 
     device: str = "ort:cpu?threads=1"
     seconds: Annotated[float, Field(gt=0)] = 1.5
-    """The longest that one measurement may take after warm-up."""
+    """The longest that one measurement may take after warm-up; three times that where others slow it."""
     tolerance: Annotated[float, Field(gt=0)] = 0.01
     """Stop early when the 95 % interval of the ratio to the reference is within this fraction of it."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 120.0

@@ -133,7 +133,8 @@ def compare_files(
     Args:
         device: where.
         first, second: ONNX files.
-        seconds: the longest that timing may take, all rounds together; each times 10 pairs at least.
+        seconds: the longest that timing may take, all rounds together, on a device that is not slowed; each
+            times 10 pairs at least.
         rounds: how many.
 
     Raises:

@@ -248,7 +248,7 @@ class WorkerDevice:
 
         Args:
             path, other: the files.
-            seconds: the longest that timing may take after warm-up.
+            seconds: the longest that timing may take after warm-up on a device that is not slowed.
             fresh: whether it is done by another worker than what was done before.
 
         Raises:
