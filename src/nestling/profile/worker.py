@@ -102,8 +102,6 @@ On two threads of a core, one of them kept busy, it took 1.5 times as long, and 
 """
 PATIENCE = 3
 """How many times the budget timing may last, in search of moments in which the device is not slowed."""
-PAUSE_SECONDS = 0.01
-"""Between two looks at whether a device that is slowed is so still."""
 
 
 class RefusalError(Exception):
@@ -165,7 +163,7 @@ class Pair:
     gauged: int
     interrupted: bool
     slowed: bool
-    """Whether the device was slowed just before it or just after it, or between its calls."""
+    """Whether the device was slowed just before it or just after it."""
 
 
 def interleave(
@@ -178,7 +176,6 @@ def interleave(
     gauge: Callable[[], object] | None = None,
     best: float = float("inf"),
     clock: Callable[[], int] = time.perf_counter_ns,
-    sleep: Callable[[float], None] = time.sleep,
     timer: Callable[[Callable[[], object]], int] | None = None,
     waited: Callable[[], int] = lambda: 0,
 ) -> Timed:
@@ -193,8 +190,9 @@ def interleave(
 
     Others who work on the same processor slow some networks more than others, for milliseconds or minutes. So
     where the `best` time of a gauge is known, pairs count from when the gauge took about that, just before
-    the candidate and just after it. For such moments timing goes on, up to `PATIENCE` times `seconds`, and
-    looks at the gauge alone while it is slow. Where they stay too few, all pairs count.
+    the pair and just after it, in calls that are in no ratio: choosing by those that are would raise it. For
+    such moments timing goes on, up to `PATIENCE` times `seconds`, and looks at the gauge alone while it is
+    slow; without a pause, as idle processors lower their clocks. Where they stay too few, all pairs count.
 
     Args:
         candidate, reference: what is timed.
@@ -204,7 +202,6 @@ def interleave(
         gauge: what tells whether the device is slowed; the reference itself where it is None.
         best: the nanoseconds of the gauge on this device at its best.
         clock: nanoseconds.
-        sleep: waits for so many seconds.
         timer: runs a call and gives its nanoseconds; by `clock` where it is None.
         waited: nanoseconds that this process was ready to run and was not let run, counted from any moment.
     """
@@ -223,11 +220,11 @@ def interleave(
     last = _warm_up(candidate, reference, seconds=seconds / 4, clock=clock)
     begun, pairs = clock(), list[Pair]()
     gauging = best < float("inf")
-    usable, check, first, slow = 0, TRUSTED_PAIRS, 0, gauging and look() > SLOWED * best
+    usable, fast, check, first = 0, 0, TRUSTED_PAIRS, 0
+    slow = gauging and look() > SLOWED * best
     while len(pairs) < MOST_PAIRS:
         if len(pairs) >= TRUSTED_PAIRS:
             while slow and clock() < min(begun + PATIENCE * seconds * 1e9, half_time):
-                sleep(PAUSE_SECONDS)
                 slow = look() > SLOWED * best
         times, interrupted = [0, 0], False
         for turn in (first, 1 - first):
@@ -237,16 +234,15 @@ def interleave(
             before = waited()
             last[turn] = times[turn] = timer(call)
             interrupted |= waited() - before > INTERRUPTED * times[turn]
-        gauged = [times[1]] if gauge is None else [look()]
-        if gauging and gauge is None and first == 1:  # nothing has been seen yet after the candidate
-            gauged.append(look())
         first = 1 - first
-        slowed = slow or max(gauged) > SLOWED * best
-        slow = gauged[-1] > SLOWED * best
-        pairs.append(Pair(times[0], times[1], gauged[0], interrupted, slowed))
-        usable += not (interrupted or slowed)
-        # a gauge that stays slow has only the patience left; one that does not, the budget
-        patient = 1 if usable >= min(TRUSTED_PAIRS, len(pairs) / 2) else PATIENCE
+        gauged = look() if gauging else times[1]
+        slow, slow_before = gauged > SLOWED * best, slow
+        slowed = slow or slow_before
+        pairs.append(Pair(times[0], times[1], gauged, interrupted, slowed))
+        fast += not slowed
+        usable += not (slowed or interrupted)
+        # on a device that others slow, the budget is for the moments in which they do not
+        patient = 1 if fast >= min(TRUSTED_PAIRS, len(pairs) / 2) else PATIENCE
         now = clock()
         if now >= half_time or (len(pairs) >= LEAST_PAIRS and now >= begun + patient * seconds * 1e9):
             break

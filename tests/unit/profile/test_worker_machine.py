@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -302,3 +303,9 @@ def test_a_big_core_is_taken_before_a_little_one(big: int, monkeypatch: pytest.M
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: taken.append(cores))
     assert worker.pin(1) == [big]
     assert taken == [[big]]
+
+
+def test_interruptions_do_not_lengthen_the_budget() -> None:
+    machine = BusyMachine(itertools.repeat(True))
+    machine.measure(seconds=1)
+    assert machine.now / 1e9 < 1.5
