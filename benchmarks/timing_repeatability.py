@@ -219,6 +219,10 @@ def misses(figures: Figures) -> list[str]:
         left = used(states["loaded"])
         if len(left) >= LEAST_LEFT and not variation(left) <= MOST_LOADED:
             told.append(f"{name}, loaded: {variation(left):.2%} of variation (at most {MOST_LOADED:.0%})")
+    if total < LEAST_LEFT:
+        told.append(
+            f"others were at work in all but {total} of the quiet rounds: what is flagged there is not told"
+        )
     if lost > MOST_FLAGGED * total:
         told.append(f"{lost} of {total} measurements of a quiet machine were flagged")
     copies = figures["copies"]
@@ -227,6 +231,10 @@ def misses(figures: Figures) -> list[str]:
             f"{copies['claims']} of {len(copies['speedups'])} comparisons of copies claim a difference"
         )
     alone = [one for one, quiet in zip(copies["unstable"], copies["quiet"], strict=True) if quiet]
+    if len(alone) < LEAST_LEFT:
+        told.append(
+            f"others were at work in all but {len(alone)} of the comparisons: so with what is unstable"
+        )
     if sum(alone) > MOST_UNSTABLE * len(alone):
         told.append(f"{sum(alone)} of {len(alone)} comparisons on a quiet machine are unstable")
     return told

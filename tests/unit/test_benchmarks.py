@@ -331,6 +331,8 @@ BAD: list[tuple[str, Edit]] = [
     ),
     ("timing_repeatability", change("files", "resnet18", "loaded", "ours", to=[3.0, 3.4, 3.0, 3.0])),
     ("timing_repeatability", change("files", "resnet18", "quiet", "ours", to=[3.0, float("nan"), 3.0, 3.0])),
+    ("timing_repeatability", change("files", "resnet18", "quiet", "quiet", to=[False] * 4)),
+    ("timing_repeatability", change("copies", "quiet", to=[False] * 20)),
     ("timing_repeatability", change("copies", "claims", to=2)),
     ("timing_repeatability", change("copies", "unstable", to=[True] * 6 + [False] * 14)),
     ("predictor", change("folds", "model", "tau", to=0.949)),

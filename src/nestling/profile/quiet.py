@@ -75,16 +75,13 @@ class QuietTimes:
 
     def best(self, fingerprint: Fingerprint, *, machine: str) -> float | None:
         """The seconds of the reference model on the device at its best; None where that is not known."""
-        key = fingerprint.key, machine
+        told = None
         if self._store is not None:
-            try:
+            with contextlib.suppress(StoreError):
                 told = self._store.recall(_fact(machine), fingerprint=fingerprint)
-            except StoreError:
-                told = None
-            if (known := _parsed(told)) is not None:
-                self._known[key] = known
-        best, seen = self._known.get(key, (None, 0.0))
-        return best if self._now() - seen < KEPT_SECONDS else None
+        # of its own too, where the file could not be written
+        known = (_parsed(told), self._known.get((fingerprint.key, machine)))
+        return min((one[0] for one in known if one and self._now() - one[1] < KEPT_SECONDS), default=None)
 
     def _keep(self, fingerprint: Fingerprint, machine: str, took: float) -> None:
         """Makes `took` the best, unless a better one is known; which was seen again where they are close."""

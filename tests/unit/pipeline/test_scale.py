@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from nestling.config import load_config
+from nestling.pipeline import searching
 from nestling.pipeline.candidate import latency_metrics
+from nestling.pipeline.listening import Silent
 from nestling.pipeline.scale import rescaled, run_reference
+from nestling.pipeline.searching import _concluded
 from nestling.pipeline.studies import REFERENCE, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint, Measurement
@@ -92,8 +95,26 @@ def test_a_command_killed_in_between_is_finished_by_the_next(bench: Workbench) -
     assert rescale(bench) == pytest.approx([2.0, 4.0])
 
 
+def test_a_front_timed_again_on_a_quiet_device_tells_all_latencies_by_it(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vars(bench)["device"] = None
+    restless = taken(1.6, reference_ms=1.5, slowed=1.2)
+    assert restless.unstable
+    searching_with(bench, [restless, taken(2.0, reference_ms=1.5, slowed=1.0)])
+    where = study_place(bench)
+    assert [problem(bench).feasible(one.metrics) for one in searched(bench).trials] == [True, True]
+    monkeypatch.setattr(searching, "write_candidate", lambda *_: None)
+    monkeypatch.setattr(searching, "measure", lambda *_, **__: taken(1.5, reference_ms=0.5, slowed=1.0))
+    monkeypatch.setattr(searching, "PAUSES_AT_END", (0.0,))
+    result = _concluded(bench, where, searched(bench), Silent(), fresh=False)
+    assert [one.metrics["latency_ms"] for one in result.trials] == pytest.approx([0.75, 1.0])
+    assert result.trials == searched(bench).trials
+    assert rescale(bench) == pytest.approx([0.75, 1.0])
+
+
 def test_of_two_processes_that_amend_a_fact_the_first_one_holds(bench: Workbench) -> None:
-    where: dict[str, Any] = dataclasses.asdict(study_place(bench))
+    where: dict[str, Any] = asdict(study_place(bench))
     asked = problem(bench)
     searching_with(bench, [taken(2.0, reference_ms=1.0, slowed=None)])
     assert agree(asked, "fact", "old", **where) == "old"

@@ -13,6 +13,7 @@ import pytest
 from nestling.profile import Measurement
 from nestling.profile.measurement import Conditions
 from nestling.profile.quiet import KEPT_SECONDS, QuietTimes, state_file
+from nestling.profile.store import MeasurementStore, StoreError
 
 Measured = Callable[..., Measurement]
 
@@ -118,6 +119,21 @@ def test_where_nothing_can_be_kept_a_process_knows_its_own_best(
     quiet.heard(taken(1.0))
     assert quiet.heard(taken(1.5)).unstable
     assert content is None or path.read_bytes() == content
+
+
+def test_a_file_that_can_be_read_alone_does_not_hide_what_a_process_saw_itself(
+    tmp_path: Path, taken: Callable[[float], Measurement], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "devices.db"
+    QuietTimes(path).heard(taken(1.5))
+    quiet = QuietTimes(path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreError("attempt to write a readonly database")
+
+    monkeypatch.setattr(MeasurementStore, "revise", refuse)
+    assert quiet.heard(taken(1.0)).conditions.slowed == 1.0
+    assert quiet.heard(taken(1.5)).unstable
 
 
 def test_it_is_kept_in_the_users_folder_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
