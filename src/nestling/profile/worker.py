@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import signal
 import struct
 import sys
@@ -907,8 +908,12 @@ class OrtRuntime:
         return [kernel["name"] for kernel in kernels if kernel["provider"] != self.provider]
 
     def spoilt(self, error: Exception) -> bool:
-        """Whether CUDA has failed: mostly all that is asked of it later has the same answer."""
-        return "CUDA failure" in str(error)
+        """Whether CUDA has failed: mostly all that is asked of it later has the same answer.
+
+        cuBLAS or cuDNN may be the first to tell it. They also tell of mistakes of their own, after which the
+        context is well; that costs a worker and no more.
+        """
+        return re.search("(CUDA|CUBLAS|CUDNN) failure", str(error)) is not None
 
     def _session(self, native: Any) -> OrtSession:
         inputs = []

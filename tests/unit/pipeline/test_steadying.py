@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nestling.pipeline.steadying import steadied
+from nestling.profile import DeviceError, DevicesGoneError
 from nestling.search import EvaluationFailed, Metrics, Problem, SearchResult, Trial
 from nestling.space import Choice, SearchSpace
 
@@ -136,6 +137,36 @@ def test_a_device_that_fails_is_told_of_and_the_others_are_timed() -> None:
         "not timed again: hung",
         "not timed again: gone",
     ]
+
+
+@pytest.mark.parametrize("error", [DeviceError, DevicesGoneError])
+@pytest.mark.parametrize("asked", ["doubted", "time_again"])
+def test_a_device_that_is_away_is_told_of_once_and_what_is_known_by_then_stays(
+    error: type[Exception], asked: str
+) -> None:
+    answers: dict[int, list[Metrics | str]] = {0: [timed(0.5, unstable=False)]}
+    bench = Bench(found((1.0, True), (2.0, asked == "time_again"), (3.0, asked == "time_again")), answers)
+    work = bench.time_again
+
+    def away(trial: Trial) -> Metrics:
+        if trial.number > 0:
+            raise error("the board does not answer")
+        return work(trial)
+
+    result = steadied(
+        bench.result,
+        doubted=lambda trial: asked == "doubted" and bool(away(trial)),
+        time_again=away,
+        keep=bench.keep,
+        note=bench.notes.append,
+        sleep=bench.slept.append,
+    )
+    assert result == bench.result
+    first = 1.0 if asked == "doubted" else 0.5  # of a device that is away nothing is asked any more
+    assert [trial.metrics["latency_ms"] for trial in result.front] == [first, 2.0, 3.0]
+    told = "the front's latencies could not be looked at to the end: the board does not answer"
+    assert bench.notes == [told]
+    assert bench.slept == ([] if asked == "doubted" else [0.0])
 
 
 @pytest.mark.parametrize("metrics", [{}, {"latency_unstable": 0.0}])

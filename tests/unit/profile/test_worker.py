@@ -600,6 +600,8 @@ def test_a_worker_whose_runtime_is_spoilt_answers_and_ends() -> None:
     ("text", "spoilt"),
     [
         ("Fail: CUDA failure 710: device-side assert triggered ; GPU=0 ; expr=cudaStreamSynchronize", True),
+        ("Fail: CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED ; GPU=0 ; expr=cublasGemmHelper(", True),
+        ("Fail: CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0 ; expr=cudnnConvolution", True),
         ("Fail: Failed to allocate memory for requested buffer of size 1099511627776", False),
     ],
 )
