@@ -435,7 +435,7 @@ def measure(
     try:
         taken = [_measured(device, path)]
         for pause in pauses:
-            if not taken[-1].unstable or _slowed(taken[-1]) > SLOWED:
+            if not taken[-1].unstable or taken[-1].slowness > SLOWED:
                 break
             sleep(pause)
             taken.append(_measured(device, path))
@@ -452,12 +452,8 @@ def _measured(device: Device, path: Path) -> Measurement:
 def _doubt(measurement: Measurement) -> tuple[float, float]:
     """How much slower the device was than at its best, where that matters, and how wide the interval is."""
     low, high = measurement.ratio_interval
-    slowed = _slowed(measurement)
+    slowed = measurement.slowness
     return (slowed if slowed > SLOWED else 1.0, (high - low) / measurement.ratio)
-
-
-def _slowed(measurement: Measurement) -> float:
-    return measurement.conditions.slowed or 1.0
 
 
 def latency_metrics(measurement: Measurement, *, reference_ms: float) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Board:
     is_member: bool = False
     """Whether it was found to be of the pool's class when it was calibrated."""
     recent: list[float] = field(default_factory=list)
-    """What the reference model took in its last stable measurements, in milliseconds."""
+    """What the reference model took in its last measurements that were not restless, in milliseconds."""
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,16 @@ class Measurement:
     def p99_ms(self) -> float:
         """The time that 99 calls in 100 stayed within."""
         return float(np.quantile(self.seconds, 0.99, method="higher")) * 1e3
+
+    @property
+    def slowness(self) -> float:
+        """How many times as long as on this device at its best the reference model took; 1 if not known."""
+        return 1.0 if self.conditions.slowed is None else self.conditions.slowed
+
+    @property
+    def restless(self) -> bool:
+        """Whether it is unstable for another reason than that the device was slower than at its best."""
+        return replace(self, conditions=replace(self.conditions, slowed=None)).unstable
 
     @property
     def unstable(self) -> bool:

@@ -24,6 +24,7 @@ from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
 from nestling.profile.turns import turn
+from nestling.profile.worker import SLOWED
 from nestling.profile.worker_device import START_PAUSES, WorkerDevice
 
 TRIES = 3
@@ -38,8 +39,9 @@ class DevicePool:
     """Boards of one class as one device. Every method may be called by as many threads as there are boards.
 
     A file that costs a worker is tried again, on another board where there is one, and after three losses no
-    more; a line that is cut speaks against its board alone. A board that fails three times in a row, that is
-    not what the others are, or that computes at another speed is set aside, and probed again later.
+    more; a line that is cut speaks against its board alone. One that is timed while its board is slower than
+    at its best is timed on another board too. A board that fails three times in a row, that is not what the
+    others are, or that computes at another speed is set aside, and probed again later.
 
     Args:
         boards: the devices, each without a store.
@@ -113,7 +115,8 @@ class DevicePool:
     def measure(self, path: Path) -> Measurement:
         """How long the file takes on one of the boards, from the store where it has been measured before.
 
-        Where another thread or process is just measuring it, that measurement is waited for.
+        Where another thread or process is just measuring it, that measurement is waited for. One from when
+        its board was slowed is taken once more, on another board in service; the less slowed one counts.
 
         Raises:
             DeviceError: no such file; the runtime refuses it.
@@ -154,8 +157,12 @@ class DevicePool:
                     continue
                 measurement = self._of_class(taken)
                 self._roster.watch(loan.board, taken)
-                if self.queue.finish(loan.lease, measurement.to_json()):
-                    return self._keep(job, measurement, instead=known)
+                if not self.queue.finish(loan.lease, measurement.to_json()):
+                    continue
+            kept = self._keep(job, measurement, instead=known)
+            if measurement.slowness <= SLOWED:
+                return kept
+            return self._less_slowed(job, path, measurement, tried=tried, instead=known)
 
     def doubts(self, path: Path) -> bool:
         """Whether the store's time of the file is from when its board was slower than it was seen since.
@@ -235,6 +242,39 @@ class DevicePool:
     ) -> None:
         self.close()
 
+    def _less_slowed(
+        self, job: Job, path: Path, slow: Measurement, *, tried: set[str], instead: Measurement | None
+    ) -> Measurement:
+        """The less slowed of `slow`, which has been counted, and what the file takes on a board not `tried`.
+
+        It is `slow` where there is no such board in service, or the try comes to nothing.
+
+        Raises:
+            DevicesGoneError: the pool was closed.
+        """
+        before = slow.to_json()
+        while set(self.in_service) - tried:
+            state = self.queue.state(job)
+            if state.content is not None and state.content != before:  # another was at it
+                return min(slow, Measurement.from_json(state.content), key=_slowness)
+            loan = self._roster.borrow(job, avoid=tried, before=before, shun=True)
+            if loan is None:
+                self._roster.wait()
+                continue
+            with self._roster.held(loan):
+                try:
+                    taken = self._roster.use(
+                        loan, lambda device: in_turn(device, lambda: device.measure(path))
+                    )
+                except (TryLost, DeviceError):
+                    return slow
+                measurement = self._of_class(taken)
+                self._roster.watch(loan.board, taken)
+                if self.queue.finish(loan.lease, min(slow, measurement, key=_slowness).to_json()):
+                    return min(slow, self._keep(job, measurement, instead=instead), key=_slowness)
+                return slow
+        return slow
+
     def _job(self, path: Path) -> Job:
         try:
             key = file_key(path)
@@ -275,6 +315,10 @@ class DevicePool:
                     strikes, cuts = strikes + lost.strike, cuts + (not lost.strike)
                     if strikes >= TRIES or cuts >= MOST_CUTS:
                         raise lost.error from None
+
+
+def _slowness(measurement: Measurement) -> float:
+    return measurement.slowness
 
 
 def in_turn(device: WorkerDevice, work: Callable[[], T]) -> T:

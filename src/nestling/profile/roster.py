@@ -130,13 +130,16 @@ class Roster:
                 self._class = settled
             return self._class
 
-    def borrow(self, job: Job | None, *, avoid: set[str], before: str | None = None) -> Loan | None:
+    def borrow(
+        self, job: Job | None, *, avoid: set[str], before: str | None = None, shun: bool = False
+    ) -> Loan | None:
         """A board in service that is free, those of `avoid` last; None where there is none just now.
 
         Args:
             job: what it is wanted for; a lease on it is taken too.
             avoid: names of boards.
             before: what the job's content was when it was asked for: there is no board where it has changed.
+            shun: whether those of `avoid` are not lent at all.
 
         Raises:
             DevicesGoneError: none was in service for too long, or the pool was closed.
@@ -160,7 +163,9 @@ class Roster:
                     f"no board was in service for {self.patience_seconds:.0f} s: {causes}; "
                     "the same command continues when one is there"
                 )
-        lease = self.queue.take(job, sorted(ready, key=lambda name: name in avoid), before=before)
+        names = [name for name in ready if name not in avoid]
+        names += [name for name in ready if name in avoid and not shun]
+        lease = self.queue.take(job, names, before=before)
         return None if lease is None else Loan(ready[lease.board], lease)
 
     @contextmanager
@@ -212,10 +217,11 @@ class Roster:
     def watch(self, board: Board, taken: Measurement) -> None:
         """Sets the board aside where the reference model now takes longer there than on others of its class.
 
-        It takes `DRIFTED` stable measurements in a row, and as many on another board that show no such
-        thing: where all boards became slower, each is as good as the others.
+        It takes `DRIFTED` measurements in a row, and as many on another board that show no such thing: where
+        all boards became slower, each is as good as the others. One that is unstable for nothing but that
+        its board is slower than at its best counts; others tell nothing.
         """
-        if taken.unstable or self._class is None:
+        if taken.restless or self._class is None:
             return
         with self._lock:
             board.recent = [*board.recent, reference_ms(taken)][-DRIFTED:]

@@ -28,6 +28,8 @@ from nestling.profile import (
 from nestling.profile.address import SshPlace
 from nestling.profile.boards import FIRST_REST, Board
 from nestling.profile.leases import Job, JobState, LeaseQueue
+from nestling.profile.measurement import Conditions
+from nestling.profile.quiet import QuietTimes
 from nestling.profile.roster import TryLost
 from nestling.profile.transport import Answer
 
@@ -133,7 +135,7 @@ def make(tmp_path: Path, clock: Clock, told: list[str]) -> Iterator[Made]:
     """Makes a pool of fake boards, called ssh://0 and so on."""
     made: list[DevicePool] = []
 
-    def make(*boards: FakeBoard, **options: Any) -> DevicePool:
+    def make(*boards: FakeBoard, quiet: QuietTimes | None = None, **options: Any) -> DevicePool:
         devices = [
             WorkerDevice(
                 Address("cpu", place=SshPlace(str(number))),
@@ -141,6 +143,7 @@ def make(tmp_path: Path, clock: Clock, told: list[str]) -> Iterator[Made]:
                 seconds=1.0,
                 tolerance=0.01,
                 timeout_seconds=5,
+                quiet=quiet,
                 start_pauses=(),
             )
             for number, board in enumerate(boards)
@@ -366,12 +369,13 @@ def test_an_unstable_calibration_is_taken_again_twice(make: Made, restless: int,
     assert len(pool.in_service) == in_service
 
 
+@pytest.mark.parametrize("slowed", [None, 1.5])  # whether the board's best is known
 def test_a_board_that_became_slower_than_the_others_is_set_aside(
-    make: Made, told: list[str], tmp_path: Path
+    make: Made, told: list[str], tmp_path: Path, slowed: float | None
 ) -> None:
     pool = make(FakeBoard(), FakeBoard())
     calm = pool.measure(files(tmp_path, 1)[0])
-    slow = replace(calm, reference_seconds=(1.5e-3,) * 40)
+    slow = replace(calm, reference_seconds=(1.5e-3,) * 40, conditions=Conditions(slowed=slowed))
     roster = pool._roster
     first, second = roster._boards
     assert first.recent == [1.0]  # of what was measured
@@ -385,12 +389,94 @@ def test_a_board_that_became_slower_than_the_others_is_set_aside(
         roster.watch(second, calm)
     assert len(pool.in_service) == 2  # it was itself a moment ago
     roster.watch(first, replace(slow, seconds=(1e-3, 9e-3) * 20))
-    assert len(pool.in_service) == 2  # an unstable measurement tells nothing
+    assert len(pool.in_service) == 2  # one that is unstable for another reason tells nothing
     roster.watch(first, slow)
     assert [*pool.in_service] == [second.name]
     assert (
         "ssh://0/ort:cpu?threads=1 is set aside: the reference model takes 1.5 ms there and 1 ms" in told[0]
     )
+
+
+def slowed_pool(
+    make: Made, folder: Path, *times: float, **options: Any
+) -> tuple[DevicePool, list[FakeBoard]]:
+    """A pool of boards that take so many times as long as when it was opened."""
+    boards = [FakeBoard() for _ in times]
+    pool = make(*boards, quiet=QuietTimes(folder / "devices.db"), **options)
+    pool.start()
+    for board, slowness in zip(boards, times, strict=True):
+        board.reference_ms = slowness
+    return pool, boards
+
+
+def test_what_a_slowed_board_timed_is_timed_on_another_until_the_slow_one_is_set_aside(
+    make: Made, told: list[str], tmp_path: Path
+) -> None:
+    store, paths = MeasurementStore(tmp_path / "m.db"), files(tmp_path, 5)
+    pool, _ = slowed_pool(make, tmp_path, 1.5, 1.0, store=store)
+    taken = [pool.measure(path) for path in paths]
+    assert [one.unstable for one in taken] == [False] * 5
+    # both were seen three times by then: the fourth finds the first one slower than its class
+    assert outcomes(pool) == [("0", "measured"), ("1", "measured")] * 4 + [("1", "measured")]
+    assert "takes 1.5 ms there and 1 ms" in told[0]
+    assert [one.slowness for one in store.unstable()] == [1.5] * 4
+    assert len(store.all()) == 5
+    assert pool.queue.state(pool._job(paths[0])).content == taken[0].to_json()
+
+
+@pytest.mark.parametrize("times", [(1.5, 1.25, 1.2), (1.25, 1.5, 1.2)])
+def test_where_boards_are_slowed_one_other_is_tried_and_the_less_slowed_counts(
+    make: Made, tmp_path: Path, times: tuple[float, ...]
+) -> None:
+    store, [path] = MeasurementStore(tmp_path / "m.db"), files(tmp_path, 1)
+    pool, _ = slowed_pool(make, tmp_path, *times, store=store)
+    taken = pool.measure(path)
+    assert taken.slowness == 1.25
+    assert outcomes(pool) == [("0", "measured"), ("1", "measured")]
+    assert pool.queue.state(pool._job(path)).content == taken.to_json()
+    assert [one.slowness for one in store.unstable()] == [*times[:2]]
+
+
+def test_a_slowed_measurement_stands_where_no_other_board_can_tell_more(make: Made, tmp_path: Path) -> None:
+    first, second, third = files(tmp_path, 3)
+    alone, _ = slowed_pool(make, tmp_path, 1.5)
+    assert alone.measure(first).slowness == 1.5
+    assert outcomes(alone) == [("0", "measured")]
+    pool, [_, other] = slowed_pool(make, tmp_path, 1.5, 1.0)
+    for fault, path, outcome in ((SEGFAULT, second, "lost"), (REFUSED, third, "refused")):
+        other.faults = [fault]
+        assert pool.measure(path).slowness == 1.5
+        assert outcomes(pool)[-2:] == [("0", "measured"), ("1", outcome)]
+    [_, second_board] = pool._roster._boards
+    second_board.set_aside("its line was cut", now=0.0)
+    pool.measure(first)
+    assert outcomes(pool)[-1] == ("0", "measured")
+
+
+def test_a_slowed_measurement_waits_for_another_board_or_for_who_measures_the_file_meanwhile(
+    make: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = files(tmp_path, 2)
+    pool, _ = slowed_pool(make, tmp_path, 1.5, 1.0)
+    queue, name = pool.queue, "ssh://1/ort:cpu?threads=1"
+    busy = queue.take(None, [name])
+    assert busy is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._roster, "wait", lambda: queue.release(busy))
+        calm = pool.measure(first)
+    assert calm.slowness == 1.0
+    assert outcomes(pool) == [("0", "measured"), ("1", "measured")]
+    assert queue.take(None, [name]) is not None
+
+    def another_process() -> None:
+        job = pool._job(second)
+        lease = queue.take(job, ["ssh://2/ort:cpu"], before=queue.state(job).content)
+        assert lease is not None
+        assert queue.finish(lease, calm.to_json())
+
+    monkeypatch.setattr(pool._roster, "wait", another_process)
+    assert pool.measure(second) == calm
+    assert outcomes(pool)[2:] == [("0", "measured"), ("2", "measured")]
 
 
 def test_boards_that_became_slower_together_stay_in_service(make: Made, tmp_path: Path) -> None:
