@@ -11,12 +11,12 @@ import pytest
 from nestling.config import load_config
 from nestling.models.graph import Untraceable
 from nestling.owners import place
-from nestling.pipeline import racing, searching
+from nestling.pipeline import racing, searching, workbench
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
 from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import Fingerprint, Measurement, WorkerDevice
+from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run, RunError
 from nestling.search import EvaluationFailed, SearchResult, search
@@ -165,6 +165,26 @@ def test_a_latency_that_the_device_doubts_is_recorded_as_unstable_where_it_canno
         f"{key} is doubted: the device was slower at its 1 ms than it was seen to be since",
         f"{key} was not timed again: the worker was lost",
     ]
+
+
+def test_a_device_that_is_away_when_the_front_is_looked_at_ends_no_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    where, asked = study_place(bench), problem(bench)
+    unstable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 1.0}
+    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | unstable
+    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
+
+    def away(*_: object, **__: object) -> None:
+        raise DeviceError("the board does not answer")
+
+    monkeypatch.setattr(workbench, "open_device", away)
+    monkeypatch.setattr(searching, "write_candidate", lambda *_: None)
+    told: list[str] = []
+    listener: Any = SimpleNamespace(note=told.append)
+    assert _steadied(bench, where, result, listener, fresh=True) == result
+    assert told == ["the front's latencies could not be looked at to the end: the board does not answer"]
 
 
 def _timed_by(runtime: str) -> Measurement:
