@@ -227,7 +227,7 @@ class LearnedGraph(nn.Module):
             assert now is not None  # it had a range
             found = now
         found = replace(found, scale=found.scale.to(weight.device))
-        if bias is not None and operator.inputs[0] in self._tied:
+        if bias is not None and self._on_integers(operator):
             wide = with_room_for(bias, replace(found, scale=found.scale.detach()), self._read(operator))
             found = replace(found, scale=instead(found.scale, wide.scale))
         return replace(found, dtype="int7") if self._narrow(operator) else found
@@ -251,8 +251,12 @@ class LearnedGraph(nn.Module):
 
     def _narrow(self, operator: Operator) -> bool:
         found = self._ranges.get(f"{operator.name}.weight")
-        on_integers = self._how.policy.precision(operator.layer).activation is not None
-        return self._how.reduce_range and found is not None and found.dtype == "int8" and on_integers
+        narrowed = self._how.reduce_range and found is not None and found.dtype == "int8"
+        return narrowed and self._on_integers(operator)
+
+    def _on_integers(self, operator: Operator) -> bool:
+        """Whether `operator` computes on integers, and not only reads a tensor that others have rounded."""
+        return self._how.policy.precision(operator.layer).activation is not None
 
     def _code(self, operator: Operator) -> Code | None:
         code = self._how.policy.precision(operator.layer).weight

@@ -26,15 +26,16 @@ def policy(precision: str) -> QuantPolicy:
 def learned(
     graph: Graph,
     images: Tensor,
-    precision: str,
+    precision: str | QuantPolicy,
     *,
     scales: Scales = "learned",
     margin: float | None = None,
     reduce_range: bool = False,
 ) -> LearnedGraph:
-    exact = halve(graph, policy(precision))
-    ranges = observe(place(exact, policy(precision)), policy(precision), [images], reduce_range=reduce_range)
-    how = Learning(policy(precision), scales=scales, margin=margin, reduce_range=reduce_range)
+    mix = policy(precision) if isinstance(precision, str) else precision
+    exact = halve(graph, mix)
+    ranges = observe(place(exact, mix), mix, [images], reduce_range=reduce_range)
+    how = Learning(mix, scales=scales, margin=margin, reduce_range=reduce_range)
     return LearnedGraph(exact, ranges, how)
 
 
@@ -93,6 +94,36 @@ def test_what_is_trained_is_what_is_written_but_for_ties(
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
+
+
+class Beside(nn.Module):
+    """A layer whose maps two others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.on_integers, self.stored = nn.Linear(400, 9), nn.Linear(400, 9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images).relu().flatten(1)
+        logits: Tensor = self.on_integers(maps) + self.stored(maps)
+        return logits
+
+
+@pytest.mark.parametrize("scales", ["learned", "statistical"])
+@pytest.mark.parametrize("stored", ["w4", "w8"])
+def test_weights_in_groups_learn_beside_a_layer_that_reads_the_same_in_integers(
+    stored: str, scales: Scales, images: Tensor
+) -> None:
+    mix = QuantPolicy((("", "w8a8"), ("stored", stored)))
+    network = learned(trace(Beside().eval(), resolution=12), images, mix, scales=scales)
+    train(network, images, steps=2)
+    assert torch.equal(network(images), settled_logits(network, images))
+    settled = network.settled()
+    (layer,) = [operator for operator in settled.graph.operators if operator.layer == "stored"]
+    assert layer.inputs[0] in settled.ranges
+    assert settled.ranges[f"{layer.name}.weight"].block is not None
+    assert f"{layer.name}.bias" not in settled.ranges
 
 
 def test_learned_scales_begin_where_they_were_observed(graph: Graph, images: Tensor) -> None:
