@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -255,7 +255,9 @@ def _latency_prior(bench: Workbench, asked: Problem, listener: Listener) -> dict
         )
         return {}
     digest = hashlib.sha256(json.dumps(told["model"]).encode()).hexdigest()[:16]
-    kept = _Kept(bench, f"latency_ms by {digest}", partial(predict_latency, predictor))
+    # ratios are kept: what they are in milliseconds a search may find anew
+    ratios = partial(predict_latency, replace(predictor, reference_ms=1.0))
+    kept = _Kept(bench, f"latency_ratio by {digest}", ratios)
     try:
         learned = kept.learned("latency_ms", asked.space)
     except ValueError as error:
@@ -266,7 +268,8 @@ def _latency_prior(bench: Workbench, asked: Problem, listener: Listener) -> dict
         f"{told['networks']}"
     )
     limit = next((limit for limit in asked.limits if limit.metric == "latency_ms"), None)
-    least = min(learned.known.values())
+    unit = predictor.reference_ms
+    least = unit * min(learned.known.values())
     if limit is not None and least > limit.bound:
         listener.note(f"no network is predicted to keep {limit}: the fastest may take {least:.4g} ms")
-    return {"latency_ms": lambda codes: np.log(np.maximum(learned(codes), 1e-9))}
+    return {"latency_ms": lambda codes: np.log(np.maximum(unit * learned(codes), 1e-9))}

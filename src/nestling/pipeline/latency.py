@@ -22,6 +22,7 @@ from nestling.models.graph import Untraceable
 from nestling.models.graph_blocks import blocks
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.scale import same_device, without_settings
 from nestling.pipeline.steps import block_signature, steps
 from nestling.pipeline.studies import REFERENCE, searched
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph
@@ -102,6 +103,8 @@ def block_signatures(family: Family, arch: Arch, *, keep: Mapping[str, str]) -> 
 def load_predictor(bench: Workbench) -> LatencyPredictor | None:
     """The run's latency predictor; None where `learn_latency` has made none.
 
+    Where the run's search was on the model's device, its milliseconds are those of the trials.
+
     Raises:
         RunError: its file is damaged.
     """
@@ -111,7 +114,7 @@ def load_predictor(bench: Workbench) -> LatencyPredictor | None:
     try:
         return LatencyPredictor(
             LatencyModel.from_json(json.dumps(told["model"])),
-            float(told["reference_ms"]),
+            _reference_ms(bench, told),
             bench.family,
             bench.config.quant.keep,
             str(told["device"]),
@@ -127,7 +130,7 @@ def learn_latency(
 
     Networks are spread over the logarithm of their multiply-accumulates. What was measured is in
     `latency_measured.json` from then on, and is not measured again; trials of the run's search count too.
-    Those that stay unstable do not.
+    Those that stay unstable do not, nor what was measured with other settings of the runtime.
 
     Args:
         bench: the run; it need not be trained.
@@ -147,7 +150,7 @@ def learn_latency(
             f"{networks} networks are too few for a latency model; measure at least {2 * LEAST}"
         )
     listener.stage("latency")
-    known = _known(bench)
+    known = _known(bench, listener)
     archs = spread(bench, networks)
     refused = 0
     for number, arch in enumerate(archs, 1):
@@ -203,24 +206,32 @@ def _can_be_had(bench: Workbench, arch: Arch) -> bool:
     return True
 
 
-def _known(bench: Workbench) -> dict[str, Any]:
-    """What was measured before on this device.
+def _known(bench: Workbench, listener: Listener) -> dict[str, Any]:
+    """What was measured before on this device; nothing, and a note, where the runtime had other settings.
 
     Raises:
         RunError: the file is damaged, or of another device.
     """
     fingerprint = bench.device.fingerprint
+    here = {"device": fingerprint.key, "told": str(fingerprint), "fingerprint": asdict(fingerprint)}
     known: dict[str, Any] | None = bench.run.read_json(MEASURED)
     if known is None:
-        return {"device": fingerprint.key, "told": str(fingerprint), "networks": {}, "blocks": {}}
+        return {**here, "networks": {}, "blocks": {}}
     if not {"device", "told", "networks", "blocks"} <= known.keys():
         raise _damaged(bench, MEASURED, "it lacks a part")
-    if known["device"] != fingerprint.key:
-        raise RunError(
-            f"{bench.run.folder / MEASURED} is of another device or runtime ({known['told']}) than this "
-            f"one ({fingerprint}); their latencies do not compare: remove it to measure anew"
+    if known["device"] == fingerprint.key:
+        return known | here
+    before, now = known["told"], str(fingerprint)
+    if before != now and without_settings(before) == without_settings(now):
+        listener.note(
+            f"what {bench.run.folder / MEASURED} holds is measured anew: the runtime had other settings "
+            f"({before}) than it has now ({now})"
         )
-    return known
+        return {**here, "networks": {}, "blocks": {}}
+    raise RunError(
+        f"{bench.run.folder / MEASURED} is of another device or runtime ({before}) than this one ({now}); "
+        "their latencies do not compare: remove it to measure anew"
+    )
 
 
 def _measure(bench: Workbench, arch: Arch, known: dict[str, Any]) -> None:
@@ -287,7 +298,7 @@ def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, tuple[float,
     The noise is None where it was not kept.
     """
     rows: dict[Arch, tuple[float, float | None]] = {}
-    if _reference(bench, known) is not None:
+    if _has_ratios(bench, known):
         for trial in searched(bench).trials:
             told = trial.metrics
             if trial.state == "complete" and told.get("latency_unstable") == 0:
@@ -297,10 +308,27 @@ def _rows(bench: Workbench, known: Mapping[str, Any]) -> dict[Arch, tuple[float,
     return rows
 
 
-def _reference(bench: Workbench, known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The reference model as the run's search found it; None where it has not begun, or was elsewhere."""
+def _has_ratios(bench: Workbench, known: Mapping[str, Any]) -> bool:
+    """Whether the run's search began on the device and with the settings of what is `known`."""
     told: dict[str, Any] | None = bench.run.read_json(REFERENCE)
-    return told if told is not None and told["key"] == known["device"] else None
+    return told is not None and told["key"] == known["device"]
+
+
+def _reference_ms(bench: Workbench, told: Mapping[str, Any]) -> float:
+    """What the reference model takes, by the run's search, where that was on the device that `told` is of.
+
+    It is the scale of all trials, whatever settings they were timed with, and a search may find it anew.
+
+    Args:
+        bench: the run.
+        told: what was measured, or the model that was learnt of it.
+    """
+    found: dict[str, Any] | None = bench.run.read_json(REFERENCE)
+    if found is not None and "fingerprint" in told:
+        here = same_device(found["fingerprint"], told["fingerprint"])
+    else:  # a model of before fingerprints were kept with it
+        here = found is not None and found["key"] == told["device"]
+    return float(found["latency_ms"] if found is not None and here else told["reference_ms"])
 
 
 def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> dict[str, Any]:
@@ -326,11 +354,11 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
         for name, learn in learners.items()
     }
     found = {name: asdict(one) for name, one in qualities(told_of, ratios).items()}
-    reference = _reference(bench, known)
     told = {
         "device": known["device"],
         "told": known["told"],
-        "reference_ms": known.get("reference_ms") if reference is None else reference["latency_ms"],
+        "fingerprint": known["fingerprint"],
+        "reference_ms": _reference_ms(bench, known),
         "networks": len(ratios),
         "ratios": [min(ratios), max(ratios)],
         "held_out": found,

@@ -18,6 +18,7 @@ from nestling.run import RunError
 from nestling.search import SearchResult, agree, amend, correct_trial, load_result
 
 _SETTINGS = re.compile(r" \(settings \d+\)")
+"""What the worker says of its settings in the name of a runtime."""
 
 
 def run_reference(bench: Workbench, place: Place, measurement: Measurement) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def run_reference(bench: Workbench, place: Place, measurement: Measurement) -> d
     known: dict[str, Any] = json.loads(
         agree(problem(bench), "reference", mine, storage=place.storage, name=place.name)
     )
-    if _without_settings(known["fingerprint"]) != _without_settings(asdict(fingerprint)):
+    if not same_device(known["fingerprint"], asdict(fingerprint)):
         raise RunError(
             f"{bench.run.folder} was measured on another device or runtime ({known['fingerprint']}) than "
             f"this one ({fingerprint}); their latencies do not compare: search in a new run"
@@ -98,7 +99,17 @@ def rescaled(bench: Workbench, place: Place, result: SearchResult, listener: Lis
     return load_result(asked, storage=place.storage, name=place.name) if changed else result
 
 
-def _without_settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `fingerprint` in the types of JSON, its runtime without the worker's settings of it."""
+def same_device(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints, as fields, differ at most in the worker's settings of the runtime."""
+    return _comparable(one) == _comparable(other)
+
+
+def without_settings(told: str) -> str:
+    """`told`, the name of a runtime or what has it in it, without the worker's settings of it."""
+    return _SETTINGS.sub("", told)
+
+
+def _comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `fingerprint` in the types of JSON, its runtime without settings."""
     told: dict[str, Any] = json.loads(json.dumps(fingerprint))
-    return told | {"runtime": _SETTINGS.sub("", told["runtime"])}
+    return told | {"runtime": without_settings(told["runtime"])}

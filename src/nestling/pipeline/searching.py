@@ -42,7 +42,6 @@ from nestling.search import (
 )
 from nestling.space import Arch
 
-"""What the worker says of its settings in the name of a runtime."""
 REUSED = {"top1_partial": 0.0, "top1_reused": 1.0}
 """What the metrics say of a candidate whose accuracy is that of another run."""
 

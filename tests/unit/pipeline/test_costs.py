@@ -16,6 +16,7 @@ import torch
 from nestling.config import load_config
 from nestling.pipeline import candidate, costs
 from nestling.pipeline.costs import COSTS, file_costs, known_costs
+from nestling.pipeline.latency import LatencyPredictor
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint
@@ -224,8 +225,8 @@ def test_sizes_that_are_computed_are_those_of_candidates(
     assert file_costs(bench, arch) == candidate.cost_metrics(found)
 
 
-def latency_model(folder: Path, *, tau: float, device: str = HERE.key) -> None:
-    content = {"device": device, "told": "another", "networks": 24, "model": {}}
+def latency_model(folder: Path, *, tau: float, device: str = HERE.key, reference_ms: float = 1.0) -> None:
+    content = {"device": device, "told": "another", "networks": 24, "model": {}, "reference_ms": reference_ms}
     content["held_out"] = {"model": {"tau": tau}}
     (folder / "latency_model.json").write_text(json.dumps(content))
 
@@ -233,11 +234,16 @@ def latency_model(folder: Path, *, tau: float, device: str = HERE.key) -> None:
 @pytest.fixture
 def predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(bench: Workbench) -> Any:
-        return SimpleNamespace(device=bench.run.read_json("latency_model.json")["device"])
+        told: Any = bench.run.read_json("latency_model.json")
+        model: Any = None
+        return LatencyPredictor(model, told["reference_ms"], bench.family, {}, told["device"])
+
+    def predict(predictor: LatencyPredictor, arch: Arch) -> float:
+        return predictor.reference_ms * toy_macs(None, arch) / 1e3
 
     monkeypatch.setattr(costs, "load_predictor", load)
     monkeypatch.setattr(costs, "_computed", lambda _: {})
-    monkeypatch.setattr(costs, "predict_latency", lambda _, arch: toy_macs(None, arch) / 1e3)
+    monkeypatch.setattr(costs, "predict_latency", predict)
 
 
 @pytest.mark.usefixtures("predicted")
@@ -251,6 +257,19 @@ def test_a_good_latency_model_is_a_prior_of_the_latency(folder: Path) -> None:
     assert found.priors["latency_ms"](codes) == pytest.approx(wanted, abs=0.1)
     assert "Kendall tau 0.93" in listener.notes[0]
     assert "no network is predicted to keep latency_ms at most 0.001" in listener.notes[1]
+
+
+@pytest.mark.usefixtures("predicted")
+def test_what_was_predicted_is_told_anew_where_the_reference_model_s_time_is(folder: Path) -> None:
+    found = []
+    for reference_ms in (1.5, 1.0):
+        latency_model(folder, tau=0.93, reference_ms=reference_ms)
+        bench, listener = opened(folder, objectives=("top1",), limits={"latency_ms": 1e-3}), Noting()
+        prior = known_costs(bench, listener=listener).priors["latency_ms"]
+        least = reference_ms * toy_macs(None, bench.space.smallest) / 1e3
+        assert f"the fastest may take {least:.4g} ms" in listener.notes[1]
+        found.append(prior(Encoding(bench.space).codes([bench.space.largest])))
+    assert found[0] - found[1] == pytest.approx(np.log(1.5))
 
 
 @pytest.mark.usefixtures("predicted")

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ from nestling.space import Arch, SearchSpace, load_space
 
 TESTS = Path(__file__).parents[2]
 HERE = Fingerprint("ort:cpu", "a processor", (), 2, "linux", "runtime 1", "0123456789ab", False)
+RESET = replace(HERE, runtime="runtime 1 (settings 1)")
+REPLACED = replace(HERE, reference="f" * 12)
 OTHER = Fingerprint("ort:cpu", "another one", (), 2, "linux", "runtime 1", "0123456789ab", False)
 
 
@@ -315,6 +318,69 @@ def test_measurements_of_another_device_are_refused(monkeypatch: pytest.MonkeyPa
         learn_latency(bench_on(folder, OTHER), networks=18, listener=Silent())
 
 
+def test_what_was_measured_with_other_settings_of_the_runtime_is_measured_anew_and_told(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    learn(monkeypatch, folder, Measuring())
+    measured = folder / "latency_measured.json"
+    before = json.loads(measured.read_text())
+    del before["fingerprint"]  # as files of before are
+    measured.write_text(json.dumps(before | {"blocks": {"a": 1.0}, "unstable_blocks": ["a"]}))
+    notes: list[str] = []
+    listener: Any = Silent()
+    listener.note = notes.append
+    measuring = Measuring()
+    monkeypatch.setattr(latency, "measure_network", measuring)
+    found = learn_latency(bench_on(folder, RESET), networks=18, listener=listener)
+    assert found["device"] == RESET.key
+    assert found["networks"] == measuring.count == len(before["networks"])
+    [note] = notes
+    assert re.search(r"measured anew: .*runtime 1\) than it has now .*runtime 1 \(settings 1\)", note)
+    after = json.loads(measured.read_text())
+    assert (after["device"], after["blocks"]) == (RESET.key, {})
+    assert "unstable_blocks" not in after
+
+
+def as_reference(fingerprint: Fingerprint, latency_ms: float) -> str:
+    """What `reference.json` holds."""
+    told = {"key": fingerprint.key, "fingerprint": asdict(fingerprint), "latency_ms": latency_ms}
+    return json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("searched_on", "milliseconds"),
+    [(HERE, (1.5, 1.0)), (RESET, (1.5, 1.0)), (OTHER, (2.0, 2.0)), (REPLACED, (2.0, 2.0))],
+    ids=["this device", "other settings", "another device", "another reference model"],
+)
+def test_predictions_are_in_the_milliseconds_that_the_run_s_search_has_now(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    searched_on: Fingerprint,
+    milliseconds: tuple[float, float],
+) -> None:
+    (folder / "reference.json").write_text(as_reference(searched_on, 1.5))
+    assert learn(monkeypatch, folder, Measuring())["reference_ms"] == pytest.approx(milliseconds[0])
+    (folder / "reference.json").write_text(as_reference(searched_on, 1.0))  # as `rescaled` does
+    bench = bench_on(folder, HERE)
+    predictor = load_predictor(bench)
+    assert predictor is not None
+    largest = bench.space.largest
+    assert predict_latency(predictor, largest) == pytest.approx(milliseconds[1] * ratio(largest), rel=0.1)
+
+
+def test_a_model_of_before_fingerprints_were_kept_follows_a_search_with_its_key(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    told = learn(monkeypatch, folder, Measuring())
+    del told["fingerprint"]
+    (folder / "latency_model.json").write_text(json.dumps(told))
+    for searched_on, expected in ((HERE, 1.0), (RESET, 2.0)):
+        (folder / "reference.json").write_text(as_reference(searched_on, 1.0))
+        predictor = load_predictor(bench_on(folder, HERE))
+        assert predictor is not None
+        assert predictor.reference_ms == pytest.approx(expected)
+
+
 def test_stable_trials_of_a_search_on_this_device_are_learnt_from_too(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -330,11 +396,11 @@ def test_stable_trials_of_a_search_on_this_device_are_learnt_from_too(
     monkeypatch.setattr(latency, "searched", lambda _: SimpleNamespace(trials=trials))
     without = learn(monkeypatch, folder, Measuring())["networks"]
     reference = folder / "reference.json"
-    reference.write_text(json.dumps({"key": HERE.key, "latency_ms": 5.0}))
+    reference.write_text(as_reference(HERE, 5.0))
     found = learn(monkeypatch, folder, Measuring())
     assert found["networks"] == without + len(tried) - 1
     assert found["reference_ms"] == 5.0
-    reference.write_text(json.dumps({"key": OTHER.key, "latency_ms": 5.0}))
+    reference.write_text(as_reference(OTHER, 5.0))
     assert learn(monkeypatch, folder, Measuring())["networks"] == without
 
 
