@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nestling.config import QuantConfig
-from nestling.models.graph import Untraceable
+from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.candidate import float_network
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision, quant_policy
@@ -16,11 +17,14 @@ from nestling.quant import PRECISIONS, QuantPolicy, Unquantizable, check_policy,
 from nestling.quant.equalization import equalize
 from nestling.quant.layers import bit_operations
 from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
+from nestling.run import write_atomically
 from nestling.search import Problem
 from nestling.space import Arch, Value
 
 SENSITIVITY = "sensitivity.json"
 """The run's file of what quantizing each layer of its largest network does, and of the archs made of that."""
+PARTS = "sensitivity.safetensors"
+"""The run's file of what that is made of, until archs are."""
 MIXES = 3
 """Mixes of precisions that are tried, spread from none quantized to all."""
 DRAWS = 2
@@ -52,24 +56,33 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
     Raises:
         RunError: training is not finished.
         Untraceable: an operation of the largest network without a translation.
+        Unquantizable: what it computes, or its mixes of precisions, cannot be had; also where it was found
+            untraceable or so before, which is not tried again.
     """
     space = bench.space
     opened = {c.name: c.values for c in space.open_choices if is_precision(c.name)}
     if not bench.config.search.sensitivity or not opened:
         return []
-    known = bench.run.read_json(SENSITIVITY)
-    if known is None or "mixes" not in known:
+    known = bench.run.read_json(SENSITIVITY) or {}
+    if "mixes" not in known:
+        if "refused" in known:  # by another process of this search, maybe
+            raise Unquantizable(known["refused"])
         if listener is not None and (left_out := _left_out(bench.config.quant)):
             listener.note(
                 f"sensitivity, which archs to begin with come from, leaves out what {' and '.join(left_out)} "
                 "of [quant] mend: candidates are made with it, and lose less than it tells"
             )
-        measured = largest_sensitivity(bench)
-        known = layer_facts(bench, measured)
-        bench.run.write_json(SENSITIVITY, known)  # for the report, whatever comes of mixes
-        found = mixes(bench, measured, opened, problem=problem)
-        known["mixes"] = [mix_facts(bench, measured, mix) for mix in found]
+        try:
+            measured = _kept_sensitivity(bench)
+            known = layer_facts(bench, measured)
+            bench.run.write_json(SENSITIVITY, known)  # for the report, whatever comes of mixes
+            found = mixes(bench, measured, opened, problem=problem)
+            known["mixes"] = [mix_facts(bench, measured, mix) for mix in found]
+        except (Untraceable, Unquantizable) as error:
+            bench.run.write_json(SENSITIVITY, {**known, "refused": str(error)})
+            raise
         bench.run.write_json(SENSITIVITY, known)
+        (bench.run.folder / PARTS).unlink(missing_ok=True)
     hosts = space.spread(3)[1:]
     archs = (space.canonical({**host, **mix["values"]}) for mix in known["mixes"] for host in hosts)
     return list(dict.fromkeys(archs))
@@ -82,11 +95,27 @@ def largest_sensitivity(bench: Workbench) -> Sensitivity:
     equalized and scales shared as candidates' are; `awq`, `rounding` and `correct_biases` are left out.
 
     Raises:
-        RunError, Untraceable: see `seeds`.
+        RunError, Untraceable, Unquantizable: see `seeds`.
     """
+    return _measured(bench, *_asked(bench))
+
+
+def _kept_sensitivity(bench: Workbench) -> Sensitivity:
+    """What `largest_sensitivity` gives, kept in the run until there are mixes: measuring it may take long."""
+    graph, precisions = _asked(bench)
+    kept = bench.run.folder / PARTS
+    if kept.exists():
+        with suppress(ValueError):  # of a version that rounded otherwise
+            return Sensitivity.from_bytes(graph, precisions, kept.read_bytes())
+    found = _measured(bench, graph, precisions)
+    write_atomically(kept, found.to_bytes())
+    return found
+
+
+def _asked(bench: Workbench) -> tuple[Graph, list[str]]:
+    """The graph of the largest network, equalized where candidates are, and the precisions it is tried in."""
     arch, config = bench.space.largest, bench.config.quant
-    floats = float_network(bench, arch)
-    graph = floats.traced
+    graph = float_network(bench, arch).traced
     if isinstance(graph, Untraceable):
         raise graph
     choices = [choice for choice in bench.space.choices if is_precision(choice.name)]
@@ -94,10 +123,15 @@ def largest_sensitivity(bench: Workbench) -> Sensitivity:
     precisions = list(chosen | dict.fromkeys(config.keep.values()))
     if config.equalize and any(PRECISIONS[name].activation is not None for name in precisions):
         graph = equalize(graph)
+    return graph, precisions
+
+
+def _measured(bench: Workbench, graph: Graph, precisions: Sequence[str]) -> Sensitivity:
+    config = bench.config.quant
     return measure_sensitivity(
         graph,
         precisions,
-        bench.calibration_images(floats.resolution),
+        bench.calibration_images(graph.resolution),
         method=config.calibration,
         weights=config.weights,
         shared=config.shared,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -82,6 +83,23 @@ class Sensitivity:
             for layer in layers
         }
 
+    def to_bytes(self) -> bytes:
+        """`parts` in the format of safetensors."""
+        return safetensors.torch.save({_key(part): moved.contiguous() for part, moved in self.parts.items()})
+
+    @classmethod
+    def from_bytes(cls, graph: Graph, precisions: Collection[str], data: bytes) -> Sensitivity:
+        """The sensitivity of which `to_bytes` gave `data`: that of `graph` to `precisions`.
+
+        Raises:
+            ValueError: it is of another graph, or to other precisions.
+        """
+        names, found = _rounding_names(precisions), safetensors.torch.load(data)
+        wanted = {_key(part): part for part in _wanted(graph, names)}
+        if strange := sorted(found.keys() - wanted.keys()):
+            raise ValueError(f"{strange[0]!r} is not among what {', '.join(names)} round in this graph")
+        return cls(graph, names, {part: found[key] for key, part in wanted.items() if key in found})
+
 
 def measure_sensitivity(
     graph: Graph,
@@ -119,15 +137,13 @@ def measure_sensitivity(
         Unquantizable: tensors that are not finite.
         ValueError: no images.
     """
-    names = tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
+    names = _rounding_names(precisions)
     batches = tuple(images)
     if not batches:
         raise ValueError("no images; sensitivity needs at least one batch")
     on_integers = any(PRECISIONS[name].activation is not None for name in names)
     exact = split_gates(graph, EVERYWHERE) if on_integers else graph
-    wanted: dict[Part, None] = {}
-    for name in names:
-        wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
+    wanted = _wanted(graph, names)
     tensors = {name for name, to in wanted if isinstance(to, Format)}
     seen = collect(exact, batches, tensors, counts=method not in WITHOUT_COUNTS) if tensors else {}
     bounds = {(name, to): METHODS[method](seen[name], to) for name, to in wanted if isinstance(to, Format)}
@@ -146,6 +162,24 @@ def measure_sensitivity(
         for part, moved in _moved(exact, few, ranges, errors, wanted, draws=draws, generator=generator):
             found[part].append(moved)
     return Sensitivity(graph, names, {part: torch.cat(moved) for part, moved in found.items()})
+
+
+def _rounding_names(precisions: Collection[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in precisions if name != "fp32"))
+
+
+def _wanted(graph: Graph, names: Collection[str]) -> dict[Part, None]:
+    """What any policy of the precisions `names` may round."""
+    wanted: dict[Part, None] = {}
+    for name in names:
+        wanted |= dict.fromkeys(_possible_parts(graph, PRECISIONS[name]))
+    return wanted
+
+
+def _key(part: Part) -> str:
+    """`part` as it is called in a file."""
+    name, to = part
+    return f"{name} to {to.name if isinstance(to, Precision) else to}"
 
 
 def _weighted(operator: Operator) -> bool:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from nestling.config import load_config
-from nestling.models.graph import Graph
+from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline import seeding
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.policies import quant_policy
-from nestling.pipeline.seeding import SENSITIVITY, Mix, seeds, spread, trade_off
+from nestling.pipeline.seeding import PARTS, SENSITIVITY, Mix, seeds, spread, trade_off
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
-from nestling.quant import check_policy
+from nestling.quant import Unquantizable, check_policy
 from nestling.quant.equalization import equalize
 from nestling.quant.sensitivity import Sensitivity
 from nestling.run import Run
@@ -138,17 +138,45 @@ def test_seeds_put_no_signed_beside_unsigned_activations(bench: Workbench) -> No
     assert all(mix["divergence"] > 0 for mix in facts["mixes"])
 
 
-def test_what_was_found_of_layers_is_kept_though_mixes_fail(
+def test_a_search_killed_before_its_mixes_goes_on_with_what_was_measured(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seeding, "mixes", lambda *_, **__: interrupted(bench))
-    with pytest.raises(KeyboardInterrupt):
+    wanted = seeds(bench, problem(bench))
+    facts = bench.run.read_json(SENSITIVITY)
+    (bench.run.folder / SENSITIVITY).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(seeding, "mixes", lambda *_, **__: interrupted(bench))
+        with pytest.raises(KeyboardInterrupt):
+            seeds(bench, problem(bench))
+    kept = bench.run.read_json(SENSITIVITY)
+    assert kept is not None
+    assert "classifier" in kept["layers"]
+    monkeypatch.delattr(seeding, "measure_sensitivity")
+    assert seeds(bench, problem(bench)) == wanted
+    assert bench.run.read_json(SENSITIVITY) == facts
+    assert not (bench.run.folder / PARTS).exists()
+
+
+@pytest.mark.parametrize("error", [Untraceable, Unquantizable])
+@pytest.mark.parametrize("name", ["mixes", "measure_sensitivity"])
+def test_what_cannot_be_quantized_is_found_once_and_told_to_every_worker(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, error: type[ValueError], name: str
+) -> None:
+    asked: list[str] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        asked.append(name)
+        raise error("no kernel between them")
+
+    monkeypatch.setattr(seeding, name, refuse)
+    with pytest.raises(error, match="no kernel"):
         seeds(bench, problem(bench))
+    with pytest.raises(Unquantizable, match="no kernel"):
+        seeds(bench, problem(bench))
+    assert asked == [name]
     facts = bench.run.read_json(SENSITIVITY)
     assert facts is not None
-    assert "classifier" in facts["layers"]
-    monkeypatch.undo()
-    assert len(seeds(bench, problem(bench))) > 1
+    assert ("layers" in facts) == (name == "mixes")
 
 
 def test_a_search_that_does_not_ask_has_no_seeds(tmp_path: Path) -> None:
@@ -212,7 +240,7 @@ def test_what_sensitivity_leaves_out_is_told(bench: Workbench, monkeypatch: pyte
         def note(self, text: str) -> None:
             notes.append(text)
 
-    monkeypatch.setattr(seeding, "largest_sensitivity", interrupted)
+    monkeypatch.setattr(seeding, "measure_sensitivity", lambda *_, **__: interrupted(bench))
     for changed in ({}, {"rounding": "moments", "correct_biases": True}):
         quant = bench.config.quant.model_copy(update=changed)
         bench.config = bench.config.model_copy(update={"quant": quant})

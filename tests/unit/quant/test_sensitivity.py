@@ -54,6 +54,15 @@ def test_one_pass_tells_the_divergence_that_quantizing_each_layer_alone_gives(
     assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
+def test_what_is_read_from_a_file_tells_every_policy_the_same(sensitivity: Sensitivity, graph: Graph) -> None:
+    again = Sensitivity.from_bytes(graph, MEASURED, sensitivity.to_bytes())
+    assert again.parts.keys() == sensitivity.parts.keys()
+    assert again.precisions == sensitivity.precisions
+    assert again.divergence(MIXED) == sensitivity.divergence(MIXED) > 0
+    with pytest.raises(ValueError, match="is not among what w8a8, bf16 round"):
+        Sensitivity.from_bytes(graph, ["w8a8", "bf16"], sensitivity.to_bytes())
+
+
 def test_tensors_of_one_scale_lose_what_that_scale_costs_them(graph: Graph, images: Tensor) -> None:
     everywhere = QuantPolicy((("", "w8a8"),))
     with torch.no_grad():
