@@ -150,19 +150,22 @@ def test_the_same_file_is_never_timed_twice(tiny: Path, tmp_path: Path) -> None:
     assert transport.verbs().count("time") == 2
 
 
+def see_it_faster(device: WorkerDevice, transport: FakeTransport, path: Path) -> None:
+    """Measures another file, at `path`, while nobody slows the device."""
+    transport.nanoseconds = (3_000_000, 1_000_000)
+    path.write_bytes(b"another file")
+    device.measure(path)
+
+
 def test_what_was_measured_on_a_busy_machine_is_measured_again_once_it_was_seen_faster(
     tiny: Path, tmp_path: Path
 ) -> None:
-    quiet, store = QuietTimes(tmp_path / "devices.db"), MeasurementStore(tmp_path / "m.sqlite")
-    transport = FakeTransport()
-    device = fake_device(transport, store=store, quiet=quiet)
+    transport, store = FakeTransport(), MeasurementStore(tmp_path / "m.sqlite")
+    device = fake_device(transport, store=store, quiet=QuietTimes(tmp_path / "devices.db"))
     transport.nanoseconds = (3_600_000, 1_500_000)
     assert device.measure(tiny).ratio == pytest.approx(2.4)
     assert not device.doubts(tiny)
-    transport.nanoseconds = (3_000_000, 1_000_000)
-    other = tmp_path / "other.onnx"
-    other.write_bytes(tiny.read_bytes() + b"\0")
-    device.measure(other)
+    see_it_faster(device, transport, tmp_path / "other.onnx")
     assert device.doubts(tiny)
     assert device.measure(tiny).ratio == pytest.approx(3)
     assert not device.doubts(tiny)
@@ -174,15 +177,11 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_once_it_was_seen_
 def test_a_doubt_outlives_a_worker_that_is_lost_while_the_file_is_timed_again(
     tiny: Path, tmp_path: Path
 ) -> None:
-    quiet, store = QuietTimes(tmp_path / "devices.db"), MeasurementStore(tmp_path / "m.sqlite")
-    transport = FakeTransport()
-    device = fake_device(transport, store=store, quiet=quiet)
+    transport, store = FakeTransport(), MeasurementStore(tmp_path / "m.sqlite")
+    device = fake_device(transport, store=store, quiet=QuietTimes(tmp_path / "devices.db"))
     transport.nanoseconds = (3_600_000, 1_500_000)
     slow = device.measure(tiny)
-    transport.nanoseconds = (3_000_000, 1_000_000)
-    other = tmp_path / "other.onnx"
-    other.write_bytes(tiny.read_bytes() + b"\0")
-    device.measure(other)
+    see_it_faster(device, transport, tmp_path / "other.onnx")
     transport.faults["time"] = WorkerLostError("the worker was ended by SIGKILL")
     with pytest.raises(WorkerLostError):
         device.measure(tiny)
