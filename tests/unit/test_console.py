@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from nestling.console import beyond_limits, duration, print_best, print_trials, si, spent_words
+from nestling.console.networks import beyond_limits, print_best, print_trials
+from nestling.console.progress import spent_words
+from nestling.console.words import duration, si
 from nestling.pipeline import Forecast, SearchResult, Spent
 from nestling.search import Problem, Trial
 from nestling.space import Choice, SearchSpace
