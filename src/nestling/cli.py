@@ -13,7 +13,6 @@ import typer
 
 if TYPE_CHECKING:
     from nestling.config import RunConfig
-    from nestling.profile import Comparison, FileProfile, Refusal
 
 # Nothing heavy is imported here: `nestling --help` answers at once. Each command imports what it runs.
 
@@ -420,13 +419,15 @@ def profile(
     if compare and (len(models) != 2 or nodes or html is not None):
         raise typer.BadParameter("--compare takes two files, and neither --nodes nor --html")
     from nestling import console
+    from nestling.profile import compare_on_each, profile_on_each
 
     addresses = device or ["ort:cpu?threads=1"]
     if compare:
-        compared, refused = _compared(models, addresses, seconds)
+        compared, refused = compare_on_each(addresses, models[0], models[1], seconds=seconds)
         console.print_comparisons(compared, refused=refused, as_json=as_json)
     else:
-        profiles, refused = _profiled(models, addresses, seconds, nodes=nodes or html is not None)
+        with_nodes = nodes or html is not None
+        profiles, refused = profile_on_each(addresses, models, seconds=seconds, nodes=with_nodes)
         if html is not None and profiles:
             from nestling import pipeline
 
@@ -565,47 +566,6 @@ def main() -> None:
     if code == INTERRUPTED:
         print("interrupted: what is done is kept, and the same command continues it", file=sys.stderr)
     sys.exit(code)
-
-
-def _compared(
-    models: list[Path], addresses: list[str], seconds: float
-) -> tuple[list[Comparison], list[Refusal]]:
-    """The comparison of two files on each device, and what devices failed with."""
-    from nestling.profile import DeviceError, DevicesGoneError, Refusal, compare_files, open_device
-
-    compared: list[Comparison] = []
-    refused: list[Refusal] = []
-    first, second = models
-    for address in addresses:
-        try:
-            with open_device(address, seconds=seconds, timeout_seconds=max(120.0, 3 * seconds)) as connected:
-                compared.append(compare_files(connected, first, second, seconds=2 * seconds))
-        except (DeviceError, DevicesGoneError) as error:
-            refused.append(Refusal(f"{first} and {second}", address, str(error)))
-    return compared, refused
-
-
-def _profiled(
-    models: list[Path], addresses: list[str], seconds: float, *, nodes: bool
-) -> tuple[list[FileProfile], list[Refusal]]:
-    """The profile of each file on each device; what one device fails with costs no other its figures."""
-    from nestling.profile import DeviceError, DevicesGoneError, Refusal, open_device, profile_file
-
-    profiles: list[FileProfile] = []
-    refused: list[Refusal] = []
-    for address in addresses:
-        left = list(models)
-        try:
-            with open_device(address, seconds=seconds, timeout_seconds=max(120.0, 3 * seconds)) as connected:
-                while left:
-                    try:
-                        profiles.append(profile_file(connected, left[0], nodes=nodes))
-                    except DeviceError as error:
-                        refused.append(Refusal(str(left[0]), address, str(error)))
-                    left.pop(0)
-        except (DeviceError, DevicesGoneError) as error:
-            refused += [Refusal(str(model), address, str(error)) for model in left]
-    return profiles, refused
 
 
 def _end(error: Exception) -> NoReturn:

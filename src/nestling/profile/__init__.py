@@ -7,7 +7,9 @@ from nestling.profile.file_profile import FileProfile, Refusal, profile_file
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.known import DeviceSummary, devices_here, devices_in, with_aa_spread
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
-from nestling.profile.pool import DevicePool, open_device
+from nestling.profile.on_each import compare_on_each, profile_on_each
+from nestling.profile.opening import open_device
+from nestling.profile.pool import DevicePool
 from nestling.profile.prediction import Step
 from nestling.profile.store import MeasurementStore, StoreError, file_key
 from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
@@ -37,6 +39,7 @@ __all__ = [
     "WorkerDevice",
     "WorkerLostError",
     "compare_files",
+    "compare_on_each",
     "connect",
     "devices_here",
     "devices_in",
@@ -44,5 +47,6 @@ __all__ = [
     "open_device",
     "parse_address",
     "profile_file",
+    "profile_on_each",
     "with_aa_spread",
 ]

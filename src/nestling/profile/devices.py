@@ -112,7 +112,7 @@ def connect(
 
     Args:
         address: A runtime and its options, `ort:cpu?threads=2`, on this machine or, as
-            `ssh://user@board/ort:cpu`, on another; `nestling.profile.pool.open_device` knows pools too.
+            `ssh://user@board/ort:cpu`, on another; `nestling.profile.opening.open_device` knows pools too.
         seconds: The longest that one measurement may take after warm-up; a slow file is still timed 10 times,
             and while others slow the device it may take three times as long.
         tolerance: Half the 95 % interval of the ratio, as a part of it, at which a measurement ends early.

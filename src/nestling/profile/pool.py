@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +13,15 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nestling.profile.address import POOL, Address, parse_addresses
-from nestling.profile.devices import Device, check_limits, connect, transport_to
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.leases import Job, LeaseQueue
 from nestling.profile.measurement import Fingerprint, Measurement
-from nestling.profile.quiet import QuietTimes
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
 from nestling.profile.store import MeasurementStore, file_key
 from nestling.profile.transport import DeviceError, WorkerLostError
 from nestling.profile.turns import turn
 from nestling.profile.worker import SLOWED
-from nestling.profile.worker_device import START_PAUSES, WorkerDevice
+from nestling.profile.worker_device import WorkerDevice
 
 TRIES = 3
 """A file on which so many workers were lost is not tried again."""
@@ -325,71 +321,3 @@ def in_turn(device: WorkerDevice, work: Callable[[], T]) -> T:
     """What `work` gives; where the board is this machine, when it is this process's turn to measure."""
     with turn(device.name, tell=None):
         return work()
-
-
-def open_device(
-    address: str,
-    *,
-    seconds: float = 1.5,
-    tolerance: float = 0.01,
-    timeout_seconds: float = 120.0,
-    store: MeasurementStore | None = None,
-    leases: Path | None = None,
-    quiet: QuietTimes | None = None,
-) -> Device:
-    """The device at `address`, or the pool of devices, ready to measure.
-
-    A device that a line leads to is a pool of one: it outlives lines that are cut.
-
-    Args:
-        address: as `connect` has it, or several of one class: `pool:ssh://a/ort:cpu,ssh://b/ort:cpu`.
-        seconds: as `connect` has it.
-        tolerance: likewise.
-        timeout_seconds: likewise.
-        store: likewise.
-        leases: the file by which processes share boards; None: they do not.
-        quiet: as `connect` has it.
-
-    Raises:
-        DeviceError: as `connect`; or no board of a pool can be used.
-        StoreError: `leases` cannot be used.
-    """
-    parsed = parse_addresses(address)
-    if isinstance(parsed, Address) and parsed.place is None:
-        return connect(
-            address,
-            seconds=seconds,
-            tolerance=tolerance,
-            timeout_seconds=timeout_seconds,
-            store=store,
-            quiet=quiet,
-        )
-    check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
-    members = (parsed,) if isinstance(parsed, Address) else parsed.members
-    folder = tempfile.TemporaryDirectory(prefix="nestling-pool.")
-    quiet = QuietTimes() if quiet is None else quiet
-    pool = DevicePool(
-        [
-            WorkerDevice(
-                member,
-                transport=transport_to(member),
-                seconds=seconds,
-                tolerance=tolerance,
-                timeout_seconds=timeout_seconds,
-                quiet=quiet,
-                start_pauses=START_PAUSES if len(members) == 1 else (),  # several are tried one after another
-            )
-            for member in members
-        ],
-        name=parsed.name,
-        device=parsed.name if isinstance(parsed, Address) else POOL + parsed.device,
-        queue=LeaseQueue(Path(folder.name) / "leases.db" if leases is None else leases),
-        store=store,
-        on_close=folder.cleanup,
-    )
-    try:
-        pool.start()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
