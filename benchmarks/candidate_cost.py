@@ -59,7 +59,7 @@ from thermometer import Thermometer
 
 from nestling.config import DataConfig, ProfileConfig, RunConfig, SearchConfig
 from nestling.export import official_export
-from nestling.pipeline import candidate, floats, writing
+from nestling.pipeline import candidate, floats, verifying, writing
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import quantizing
 from nestling.run import Run
@@ -84,9 +84,9 @@ CLOCKED: tuple[tuple[ModuleType, str, str], ...] = (
     (writing, "insert_qdq", "insert_qdq"),
     (writing, "with_metadata", "save"),
     (writing, "save_onnx", "save"),
-    (candidate, "simulated", "simulate"),
-    (candidate, "verify", "compare"),
-    (candidate, "check_precisions", "session"),
+    (verifying, "simulated", "simulate"),
+    (verifying, "verify", "compare"),
+    (verifying, "check_precisions", "session"),
 )
 """Where `write_candidate` finds a function, its name -> the stage that its time is told under."""
 STAGES_IN_ORDER = (

@@ -14,16 +14,10 @@ from record import Benchmark, store
 from strategies import T_QUANTILES
 
 from nestling.config import ConfigError, override_config
-from nestling.pipeline.candidate import (
-    PAUSES,
-    candidate_metrics,
-    latency_metrics,
-    measure,
-    score,
-    write_candidate,
-)
+from nestling.pipeline.candidate import candidate_metrics, write_candidate
 from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Silent
+from nestling.pipeline.measuring import PAUSES, latency_metrics, measure, score
 from nestling.pipeline.workbench import Workbench
 from nestling.run import RunError
 from nestling.search import Problem

@@ -35,7 +35,8 @@ from record import RESULTS, Benchmark, Figures
 
 from nestling.config import load_config, override_config
 from nestling.pipeline import Silent, finetune, tuning
-from nestling.pipeline.candidate import score, write_candidate
+from nestling.pipeline.candidate import write_candidate
+from nestling.pipeline.measuring import score
 from nestling.pipeline.quantized_training import METHODS, Method
 from nestling.pipeline.stages import open_run
 from nestling.pipeline.training import train_supernet

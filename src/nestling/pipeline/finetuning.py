@@ -20,12 +20,14 @@ from typing import Any
 from nestling.config import ConfigError, TrainConfig
 from nestling.export import file_key, load_onnx, save_onnx, with_metadata
 from nestling.pipeline.alone import new_weights, recipe_alone, train_network
-from nestling.pipeline.candidate import score, verify_candidate, write_candidate
+from nestling.pipeline.candidate import write_candidate
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.measuring import score
 from nestling.pipeline.members import hand_over
 from nestling.pipeline.policies import is_precision
 from nestling.pipeline.quantized_training import Method, defaults, record_folders, train_quantized
 from nestling.pipeline.teaching import TEACHERS, begin_with_teachers, check_teachers, teacher_files
+from nestling.pipeline.verifying import verify_candidate
 from nestling.pipeline.workbench import Workbench, macs_of
 from nestling.run import write_atomically
 from nestling.space import Arch

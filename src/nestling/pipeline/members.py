@@ -16,16 +16,11 @@ from nestling.export import (
     to_onnx,
     with_metadata,
 )
-from nestling.pipeline.candidate import (
-    Candidate,
-    file_metadata,
-    measure,
-    score,
-    verify_candidate,
-    write_candidate,
-)
+from nestling.pipeline.candidate import Candidate, file_metadata, write_candidate
 from nestling.pipeline.islands import float_islands
+from nestling.pipeline.measuring import measure, score
 from nestling.pipeline.policies import is_precision
+from nestling.pipeline.verifying import verify_candidate
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import Quantized, QuantPolicy
 from nestling.quant.layers import layers

@@ -13,9 +13,10 @@ from nestling.config import ConfigError, TrainConfig
 from nestling.models.building import build_shapes
 from nestling.models.graph import Graph, Untraceable, trace
 from nestling.pipeline.alone import train_network
-from nestling.pipeline.candidate import Candidate, file_metadata, verify_candidate
+from nestling.pipeline.candidate import Candidate, file_metadata
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import quant_policy
+from nestling.pipeline.verifying import verify_candidate
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file
 from nestling.quant import PRECISIONS, Quantized, Range, observe, place

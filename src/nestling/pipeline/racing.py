@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nestling.pipeline.candidate import score
+from nestling.pipeline.measuring import score
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
 from nestling.search import Trial

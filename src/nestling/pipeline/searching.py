@@ -8,14 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nestling.models.graph import Untraceable
-from nestling.pipeline.candidate import (
-    cost_metrics,
-    latency_metrics,
-    measure,
-    write_candidate,
-)
+from nestling.pipeline.candidate import cost_metrics, write_candidate
 from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Listener
+from nestling.pipeline.measuring import latency_metrics, measure
 from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
 from nestling.pipeline.scale import other_settings, rescaled, run_reference

@@ -12,9 +12,10 @@ from nestling.models.building import build_shapes
 from nestling.models.families import Family
 from nestling.models.graph import Graph, trace
 from nestling.models.graph_blocks import blocks
-from nestling.pipeline.candidate import PAUSES, check_precisions, measure
+from nestling.pipeline.measuring import PAUSES, measure
 from nestling.pipeline.policies import quant_policy
 from nestling.pipeline.steps import block_signature
+from nestling.pipeline.verifying import check_precisions
 from nestling.pipeline.writing import write_file
 from nestling.profile import Device, Measurement
 from nestling.quant import Quantized, QuantPolicy, quantize
@@ -79,7 +80,7 @@ def measure_network(
         family: of the network.
         arch: which one.
         keep: as `[quant] keep` has it.
-        pauses: see `nestling.pipeline.candidate.measure`.
+        pauses: see `nestling.pipeline.measuring.measure`.
 
     Raises:
         DeviceError: the device refuses it before it is timed.

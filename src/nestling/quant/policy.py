@@ -73,6 +73,11 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
             Precision("w8a8", weight=_weights(8), activation=_activations(8)),
             Precision("w8a8-signed", weight=_weights(8), activation=_activations(8, signed=True)),
             Precision("w8a8-tensor", weight=_weights(8, per_channel=False), activation=_activations(8)),
+            Precision(
+                "w8a8-signed-tensor",
+                weight=_weights(8, per_channel=False),
+                activation=_activations(8, signed=True),
+            ),
             # Weight-only: stored in few bits, computed in 32-bit floats.
             Precision("w8", weight=_grouped(8, 128), activation=None),
             Precision("w4", weight=_grouped(4, 32), activation=None),

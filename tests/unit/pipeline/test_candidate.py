@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nestling.config import load_config
 from nestling.export import ExportMismatch
 from nestling.models.graph import trace
-from nestling.pipeline import candidate as candidate_module
+from nestling.pipeline import verifying
 from nestling.pipeline.candidate import (
     COARSE_TOLERANCE,
     COARSE_TYPICAL,
@@ -26,13 +26,11 @@ from nestling.pipeline.candidate import (
     ROUNDED_TOLERANCE,
     ROUNDED_TYPICAL,
     Candidate,
-    check_precisions,
-    latency_metrics,
-    measure,
-    verify_candidate,
     write_candidate,
 )
 from nestling.pipeline.floats import FloatNetwork
+from nestling.pipeline.measuring import latency_metrics, measure
+from nestling.pipeline.verifying import check_precisions, verify_candidate
 from nestling.pipeline.workbench import Workbench, even_batch
 from nestling.pipeline.writing import simulated, write_file
 from nestling.profile import (
@@ -151,7 +149,7 @@ class Residual(nn.Module):
         return logits.flatten(1)
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed"])
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed", "w8a8-signed-tensor"])
 def test_a_residual_network_is_computed_on_integers_signed_or_not(
     precision: str, cpu: WorkerDevice, tmp_path: Path
 ) -> None:
@@ -315,7 +313,7 @@ def test_a_device_that_cannot_be_opened_is_no_failure_of_the_candidate(
             raise DeviceError("no such device")
 
     images = SimpleNamespace(array=lambda size: np.zeros((1, 3, size, size), np.float32))
-    monkeypatch.setattr(candidate_module, "checked_images", lambda _: images)
+    monkeypatch.setattr(verifying, "checked_images", lambda _: images)
     bench: Any = Bench()
     written: Any = SimpleNamespace(resolution=8, path=tmp_path / "net.onnx")
     with pytest.raises(DeviceError, match="no such device"):

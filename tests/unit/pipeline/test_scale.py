@@ -12,8 +12,8 @@ import pytest
 
 from nestling.config import load_config
 from nestling.pipeline import searching
-from nestling.pipeline.candidate import latency_metrics
 from nestling.pipeline.listening import Silent
+from nestling.pipeline.measuring import latency_metrics
 from nestling.pipeline.scale import rescaled, run_reference
 from nestling.pipeline.searching import _concluded
 from nestling.pipeline.studies import REFERENCE, problem, searched, study_place

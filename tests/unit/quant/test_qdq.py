@@ -51,7 +51,7 @@ def test_the_file_computes_what_the_simulation_computes(graph: Graph, images: Te
     assert np.abs(exact - got).max() > np.median(np.abs(exact - got)) > 1e-4  # it is quantized
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed", "w4a8", "w8", "w4-g64"])
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-signed", "w8a8-signed-tensor", "w4a8", "w8", "w4-g64"])
 def test_constants_that_were_integers_before_give_the_same_file(
     precision: str, graph: Graph, images: Tensor
 ) -> None:
