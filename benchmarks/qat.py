@@ -13,7 +13,7 @@ chosen. 4 bits are simulated in 8-bit integers: they tell of accuracy, not of sp
 Claim: of both ways to train in few bits and all to round, training is better in 4 bits by at least two
 points of top-1, and in 8 bits worse by at most one.
 
-    python benchmarks/qat.py --data DIR [--check] [--size cpu|quick] [--work DIR]
+    python benchmarks/qat.py --data DIR [--check] [--size long|cpu|quick] [--work DIR]
 
 DIR holds CIFAR-10 as Parquet. What is finished is kept in `--work`: the same command continues a run that
 was killed. A table lies beside the figures.
@@ -104,7 +104,7 @@ class Size:
 CAREFUL = "rounded with care"
 ROUNDED = ("rounded", CAREFUL, "further in floats")
 """The ways to round; figures that were stored before there was the careful one lack it."""
-SIZES = {"cpu": Size(5_000, 10, 2), "quick": Size(1_000, 2, 1)}
+SIZES = {"long": Size(20_000, 20, 4), "cpu": Size(5_000, 10, 2), "quick": Size(1_000, 2, 1)}
 OPTIMIZERS: Mapping[str, Mapping[str, object]] = {
     "mobilenet": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4},
     "vit": {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05},
