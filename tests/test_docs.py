@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from nestling.cli import app
 from nestling.config import READ_BY, QuantConfig, TrainConfig, load_config
 from nestling.models.building import build_shapes
 from nestling.models.families import family
@@ -61,8 +62,8 @@ def test_the_readme_s_map_is_the_tree() -> None:
     assert names == there
 
 
-def test_the_readme_names_every_strategy_and_only_keys_that_there_are() -> None:
-    part = (ROOT / "README.md").read_text().split("## Training\n")[1].split("\n## ")[0]
+def test_every_strategy_is_told_and_only_keys_that_there_are() -> None:
+    part = (ROOT / "docs" / "training.md").read_text()
     rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
     strategies = {row[0].split("`")[1]: row[2] for row in rows if len(row) == 3}
     options = [row[0] for row in rows if len(row) == 2]
@@ -72,8 +73,8 @@ def test_the_readme_names_every_strategy_and_only_keys_that_there_are() -> None:
     assert keys <= TrainConfig.model_fields.keys()
 
 
-def test_the_readme_names_every_precision_and_every_key_of_quantization() -> None:
-    part = (ROOT / "README.md").read_text().split("\n**Precisions** are")[1].split("\n## ")[0]
+def test_every_precision_and_every_key_of_quantization_is_told() -> None:
+    part = (ROOT / "docs" / "search_spaces.md").read_text().split("\n## Precisions\n")[1]
     precisions, keys = (
         [line for line in table.splitlines() if line.startswith("| `")]
         for table in part.split("| precision |")[1].split("| key |")
@@ -89,11 +90,27 @@ def test_the_readme_names_every_precision_and_every_key_of_quantization() -> Non
         assert set(get_args(QuantConfig.model_fields[key].annotation)) <= set(re.findall(r"`([^`]+)`", row))
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem
+)
+def test_every_file_that_a_document_links_to_exists(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if "://" not in target:
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
+
+
+def test_every_benchmark_is_told_or_is_a_part_of_one() -> None:
+    told = (ROOT / "docs" / "measured.md").read_text() + (ROOT / "docs" / "training.md").read_text()
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "Benchmark(" in path.read_text()}
+    assert {name for name in scripts if f"({name})" not in told and f"/{name})" not in told} == set()
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert commands
+    for command in commands:
+        assert f"| `nestling {command}" in readme, command
 
 
 def test_the_walk_through_of_your_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
