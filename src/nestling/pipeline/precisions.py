@@ -8,25 +8,35 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from nestling.models.graph import Graph
 from nestling.pipeline.probes import PROBES, WEIGHTED, Probe
 from nestling.pipeline.writing import simulated, write_file
-from nestling.profile import Device, DeviceError, Kernel, MeasurementStore
+from nestling.profile import (
+    Device,
+    DeviceError,
+    Kernel,
+    LineLostError,
+    MeasurementStore,
+    WorkerLostError,
+)
 from nestling.profile.turns import turn
 from nestling.quant import PRECISIONS, Precision, Quantized, QuantPolicy, quantize
 
-TABLE_VERSION = 4
+TABLE_VERSION = 5
 """Of the probes and of what is concluded from them: a later one finds everything out anew."""
 COMPARED_IMAGES = 4
 LARGEST_ERROR = 0.03
 """Of a tiny network's outputs, as a fraction of the largest: a few steps of 8 bits, which ties may cost."""
 TIMED_SECONDS = 0.3
+TRIES = 3
+"""A worker may be lost for reasons of its machine: a file that costs so many in a row is looked into."""
 
 Status = Literal["executed", "simulated", "refused"]
+T = TypeVar("T")
 
 _NARROW = {"float32": {"int8", "uint8", "int4", "uint4"}, "float16": {"float16"}, "bfloat16": {"bfloat16"}}
 """What a kernel reads that computes in a precision, by the type of the precision's floats."""
@@ -55,6 +65,7 @@ class Finding:
             None where it was not timed.
         unstable: whether the machine was too restless for `speedup`.
         size: the bytes of that layer's file, as a fraction of those in 32-bit floats.
+        lost: whether it is refused because workers were lost, not because the runtime said so.
     """
 
     precision: str
@@ -65,6 +76,7 @@ class Finding:
     speedup: float | None = None
     unstable: bool = False
     size: float | None = None
+    lost: bool = False
 
     @property
     def right(self) -> bool:
@@ -83,6 +95,9 @@ def probe(
 ) -> tuple[Finding, ...]:
     """What `device` makes of every one of `precisions`, for each of `kinds` that the precision changes.
 
+    A file on which a worker is lost is tried again. One that costs `TRIES` workers, where the same in 32-bit
+    floats then costs none, is refused; that is not kept.
+
     Args:
         device: where the tiny networks are run.
         precisions: names; `fp32`, with which the others are compared, is passed over.
@@ -93,8 +108,9 @@ def probe(
 
     Raises:
         KeyError: an unknown precision or kind.
-        DeviceError: the device cannot be had.
+        DeviceError: the device cannot be had, runs nothing in 32-bit floats, or the line to it was lost.
     """
+    _ = device.fingerprint  # a device that is not there refuses nothing
     findings = []
     for precision in (PRECISIONS[name] for name in precisions):
         if _is_plain(precision):
@@ -187,7 +203,7 @@ def _kept(
         content = json.loads(known)
         return None if content is None else Finding(**content)
     found = _find(device, precision, probe, timed=timed)
-    if found is None or not found.unstable:
+    if found is None or not (found.unstable or found.lost):
         content = None if found is None else asdict(found)
         store.remember(name, json.dumps(content), fingerprint=device.fingerprint)
     return found
@@ -205,8 +221,12 @@ def _find(device: Device, precision: Precision, probe: Probe, *, timed: bool) ->
             _write(device, graph, PRECISIONS["fp32"], probe, plain, timed=False)
             if path.read_bytes() == plain.read_bytes():
                 return None
-            kernels = device.kernels(path)
-            got = device.predict(path, images.numpy())
+            kernels, got = _insistently(lambda: (device.kernels(path), device.predict(path, images.numpy())))
+        except LineLostError:
+            raise
+        except WorkerLostError as error:
+            device.predict(plain, images.numpy())  # where this fails as well, the device is to blame
+            return Finding(precision.name, probe.kind, "refused", _losses(error, path), lost=True)
         except (DeviceError, ValueError) as error:
             return Finding(precision.name, probe.kind, "refused", _one_line(error, path))
         expected = simulated(quantized, images).logits.numpy()
@@ -224,7 +244,13 @@ def _timed(device: Device, found: Finding, precision: Precision, probe: Probe, *
         _write(device, graph, precision, probe, path, timed=True)
         _write(device, graph, PRECISIONS["fp32"], probe, plain, timed=True)
         with turn(device.name):
-            measurement = device.compare(path, plain, seconds=TIMED_SECONDS)
+            measurement = _insistently(lambda: device.compare(path, plain, seconds=TIMED_SECONDS))
+    except LineLostError:
+        raise
+    except WorkerLostError as error:
+        with turn(device.name):
+            device.compare(plain, plain, seconds=TIMED_SECONDS)
+        return replace(found, status="refused", why=_losses(error, path), lost=True)
     except (DeviceError, ValueError) as error:
         return replace(found, status="refused", why=_one_line(error, path))
     return replace(
@@ -233,6 +259,23 @@ def _timed(device: Device, found: Finding, precision: Precision, probe: Probe, *
         unstable=measurement.unstable,
         size=path.stat().st_size / plain.stat().st_size if probe.weighted else None,
     )
+
+
+def _insistently(ask: Callable[[], T]) -> T:
+    """What `ask` gives; asked again where a worker is lost, up to `TRIES` times.
+
+    Raises:
+        WorkerLostError: the last one was lost, too; or the line to it, which is not asked again.
+        DeviceError, ValueError: as `ask` does.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return ask()
+        except LineLostError:
+            raise
+        except WorkerLostError:
+            continue
+    return ask()
 
 
 def _write(
@@ -267,6 +310,10 @@ def _carries(kernel: Kernel) -> bool:
 
 def _is_plain(precision: Precision) -> bool:
     return precision.weight is None and precision.activation is None and precision.floats == "float32"
+
+
+def _losses(last: WorkerLostError, path: Path) -> str:
+    return f"{TRIES} workers were lost on it; the last one: {_one_line(last, path)}"
 
 
 def _one_line(error: Exception, path: Path) -> str:

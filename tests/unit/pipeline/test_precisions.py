@@ -18,9 +18,11 @@ from nestling.profile import (
     DeviceError,
     Fingerprint,
     Kernel,
+    LineLostError,
     Measurement,
     MeasurementStore,
     WorkerDevice,
+    WorkerLostError,
     connect,
 )
 from nestling.quant import PRECISIONS, Format, Precision
@@ -41,18 +43,26 @@ class Other:
 
     def kernels(self, path: Path) -> tuple[Kernel, ...]:
         self.asked += 1
+        losses: list[Exception] = self.changes.get("losses", [])
+        if losses:
+            raise losses.pop(0)
         if "error" in self.changes:
             raise DeviceError(f"{self.name}, {path}: {self.changes['error']}")
         found: tuple[Kernel, ...] = self.changes.get("kernels") or self.cpu.kernels(path)
         return found
 
     def predict(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        if path.name == "fp32.onnx" and "plain" in self.changes:
+            raise self.changes["plain"]
         factor: np.float32 = self.changes.get("factor", np.float32(1))
         return factor * self.cpu.predict(path, images)
 
     def compare(self, path: Path, other: Path, *, seconds: float) -> Measurement:
         assert path.exists()
         assert other.exists()
+        slips: list[Exception] = self.changes.get("slips", [])
+        if slips:
+            raise slips.pop(0)
         return Measurement(self.fingerprint, (1.0,) * 10, (2.5,) * 10, seconds, 0.1)
 
 
@@ -103,6 +113,60 @@ def test_an_error_of_the_runtime_is_a_refusal_that_tells_it(cpu: WorkerDevice) -
     found = _probe(Other(cpu, error="no kernel\n for this"), "Conv")
     assert (found.status, found.right) == ("refused", False)
     assert found.why == f"{cpu.name}: no kernel for this"
+
+
+def test_a_worker_lost_once_says_nothing_about_the_precision(cpu: WorkerDevice, tmp_path: Path) -> None:
+    store = MeasurementStore(tmp_path / "measurements.db")
+    device = Other(cpu, losses=[WorkerLostError("killed"), WorkerLostError("late")])
+    found = _probe(device, "Add", store=store)
+    assert (found.status, device.asked) == ("executed", 3)
+    assert _probe(device, "Add", store=store) == found
+
+
+def test_a_precision_that_loses_every_worker_is_refused_until_asked_again(
+    cpu: WorkerDevice, tmp_path: Path
+) -> None:
+    store = MeasurementStore(tmp_path / "measurements.db")
+    device = Other(cpu, losses=[WorkerLostError(f"{cpu.name}: crashed") for _ in range(3)])
+    found = _probe(device, "Add", store=store)
+    assert (found.status, found.why) == (
+        "refused",
+        f"3 workers were lost on it; the last one: {cpu.name}: crashed",
+    )
+    assert _probe(device, "Add", store=store).status == "executed"
+
+
+@pytest.mark.parametrize("plain", [WorkerLostError("killed again"), DeviceError("no kernel for floats")])
+def test_where_floats_fail_after_lost_workers_the_device_is_to_blame(
+    cpu: WorkerDevice, plain: DeviceError
+) -> None:
+    device = Other(cpu, losses=[WorkerLostError("killed") for _ in range(3)], plain=plain)
+    with pytest.raises(type(plain), match=str(plain)):
+        _probe(device, "Add")
+
+
+def test_a_line_that_is_lost_says_nothing_about_the_precision(cpu: WorkerDevice) -> None:
+    device = Other(cpu, losses=[LineLostError("cut")])
+    with pytest.raises(LineLostError, match="cut"):
+        _probe(device, "Add")
+
+
+def test_a_worker_lost_while_timing_says_nothing_about_the_precision(cpu: WorkerDevice) -> None:
+    device = Other(cpu, slips=[WorkerLostError("killed"), WorkerLostError("killed")])
+    found = _probe(device, "Conv", timed=True)
+    assert found.status == "executed"
+    assert found.speedup == pytest.approx(2.5)
+
+
+def test_a_device_that_is_not_there_refuses_no_precision(cpu: WorkerDevice) -> None:
+    def gone() -> Fingerprint:
+        raise DeviceError("no such board")
+
+    class Missing(Other):
+        fingerprint = property(lambda _: gone(), lambda *_: None)
+
+    with pytest.raises(DeviceError, match="no such board"):
+        _probe(Missing(cpu), "Add")
 
 
 def test_speed_and_size_are_those_of_the_layer_beside_fp32(cpu: WorkerDevice) -> None:
