@@ -23,8 +23,17 @@ CHANGEABLE = {
     "search.trials", "search.strategy", "search.population", "search.batch", "search.warm_start",
     "search.sensitivity", "search.race", "search.warm_from", "search.stop_below", "search.workers",
     "search.study", "search.limits", "export.members", "train.checkpoint_seconds",
+    "profile.timeout_seconds",
 }  # fmt: skip
 """What may change after training has begun: it alters nothing that was measured."""
+DERIVED = (
+    "space.toml", "data.json", "precisions.json", "teachers.json", "latency_measured.json",
+    "latency_model.json",
+)  # fmt: skip
+"""What comes of a configuration before training: another one begins without it.
+
+Times of files are in the measurement store all the same.
+"""
 
 
 class RunError(RuntimeError):
@@ -113,7 +122,7 @@ class Run:
             if not changed:
                 return run
             if not begun:
-                for name in ("space.toml", "data.json"):
+                for name in DERIVED:
                     (folder / name).unlink(missing_ok=True)
         run.write_json("provenance.json", provenance())
         write_atomically(run.config_file, config.model_dump_json(indent=2).encode())

@@ -11,6 +11,9 @@ import pytest
 
 from nestling import run as module
 from nestling.config import ConfigError, RunConfig
+from nestling.pipeline.latency import MEASURED, MODEL
+from nestling.pipeline.teaching import TEACHERS
+from nestling.pipeline.workbench import OFFERED
 from nestling.run import Run, RunError, provenance, write_atomically
 
 CONFIG = RunConfig(name="toy", space="/spaces/toy.toml")
@@ -88,10 +91,13 @@ def test_before_training_a_configuration_is_replaced_with_all_that_came_of_it(
     tmp_path: Path,
 ) -> None:
     run = Run.create(tmp_path, CONFIG)
-    run.space_file.write_text("of the old one")
+    old = [run.space_file.name, "data.json", OFFERED, TEACHERS, MEASURED, MODEL]
+    for name in (*old, "measurements.db"):
+        (tmp_path / name).write_text("of the old one")
     other = CONFIG.model_copy(update={"seed": 2})
     assert Run.create(tmp_path, other).config() == other
-    assert not run.space_file.exists()
+    assert [name for name in old if (tmp_path / name).exists()] == []
+    assert (tmp_path / "measurements.db").exists()  # of files, whatever configuration they are of
 
 
 def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> None:
@@ -100,6 +106,14 @@ def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> No
     for change in ({"trials": 7}, {"limits": {"size_mb": 1.0}}, {"workers": 3}, {"strategy": "random"}):
         other = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update=change)})
         assert Run.create(tmp_path, other).config() == other
+
+
+def test_a_slower_file_may_be_waited_for_after_training_has_begun(tmp_path: Path) -> None:
+    Run.create(tmp_path, CONFIG)
+    (tmp_path / "training").mkdir()
+    profile = CONFIG.profile.model_copy(update={"timeout_seconds": 300.0})
+    other = CONFIG.model_copy(update={"profile": profile})
+    assert Run.create(tmp_path, other).config() == other
 
 
 def test_a_run_with_another_configuration_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:
