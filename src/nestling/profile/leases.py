@@ -39,6 +39,14 @@ CREATE TABLE IF NOT EXISTS attempt (
 """
 
 
+_TIMEOUTS = """
+CREATE TABLE IF NOT EXISTS timeout (
+    file TEXT NOT NULL, device TEXT NOT NULL, settings TEXT NOT NULL, limit_seconds REAL NOT NULL
+)
+"""
+_OF_JOB = "file = ? AND device = ? AND settings = ?"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A measurement that is wanted."""
@@ -48,6 +56,11 @@ class Job:
     device: str
     """The key of the class of devices."""
     settings: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is stored under."""
+        return self.file, self.device, self.settings
 
     @property
     def thing(self) -> str:
@@ -119,6 +132,7 @@ class LeaseQueue:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;"
                 )
+            connection.execute(_TIMEOUTS)  # files of earlier programs have no such table
 
     def take(self, job: Job | None, boards: Sequence[str], *, before: str | None = None) -> Lease | None:
         """A lease on `job`, if one is given, and on the first free one of `boards`; None where there is none.
@@ -143,7 +157,7 @@ class LeaseQueue:
             if job is not None:
                 connection.execute(
                     "INSERT OR IGNORE INTO job (file, device, settings) VALUES (?, ?, ?)",
-                    (job.file, job.device, job.settings),
+                    job.key,
                 )
                 connection.execute(
                     "INSERT INTO attempt (file, board, holder, owner, began) VALUES (?, ?, ?, ?, ?)",
@@ -166,37 +180,46 @@ class LeaseQueue:
             self._end(connection, lease, "measured" if counts else "late", None)
             if counts and lease.job is not None:
                 connection.execute(
-                    "UPDATE job SET content = ?, strikes = 0, cause = NULL "
-                    "WHERE file = ? AND device = ? AND settings = ?",
-                    (content, lease.job.file, lease.job.device, lease.job.settings),
+                    f"UPDATE job SET content = ?, strikes = 0, cause = NULL WHERE {_OF_JOB}",
+                    (content, *lease.job.key),
                 )
+                connection.execute(f"DELETE FROM timeout WHERE {_OF_JOB}", lease.job.key)
         return counts
 
-    def fail(self, lease: Lease, outcome: str, cause: str, *, strike: bool = False) -> int:
+    def fail(
+        self,
+        lease: Lease,
+        outcome: str,
+        cause: str,
+        *,
+        strike: bool = False,
+        limit_seconds: float | None = None,
+    ) -> int:
         """How often the job has cost a worker, now that `outcome` befell it; gives the lease back.
+
+        What befell who had lost the lease is late, and speaks against nothing.
 
         Args:
             lease: the try.
             outcome: `refused`, `lost`, `cut` or `board`, see `Attempt`.
             cause: for a person.
             strike: whether this speaks against the file.
+            limit_seconds: the limit that the worker did not keep, where it was lost to that.
         """
         with self._writing() as connection:
-            self._give_back(connection, lease)
-            self._end(connection, lease, outcome, cause)
+            held = self._give_back(connection, lease)
+            self._end(connection, lease, outcome if held else "late", cause)
             if lease.job is None:
                 return 0
-            key = (lease.job.file, lease.job.device, lease.job.settings)
-            if strike:
+            key = lease.job.key
+            if held and strike:
+                counted = 1 if limit_seconds is None else 0
                 connection.execute(
-                    "UPDATE job SET strikes = strikes + 1, cause = ? "
-                    "WHERE file = ? AND device = ? AND settings = ?",
-                    (cause, *key),
+                    f"UPDATE job SET strikes = strikes + ?, cause = ? WHERE {_OF_JOB}", (counted, cause, *key)
                 )
-            row = connection.execute(
-                "SELECT strikes FROM job WHERE file = ? AND device = ? AND settings = ?", key
-            ).fetchone()
-        return int(row[0])
+                if limit_seconds is not None:
+                    connection.execute("INSERT INTO timeout VALUES (?, ?, ?, ?)", (*key, limit_seconds))
+            return self._state(connection, lease.job, limit_seconds=0.0).strikes
 
     def release(self, lease: Lease) -> None:
         """Gives back a lease of which nothing came, where it was not given back before."""
@@ -204,14 +227,14 @@ class LeaseQueue:
             if self._give_back(connection, lease):
                 self._end(connection, lease, "abandoned", None)
 
-    def state(self, job: Job) -> JobState:
-        """What is known of `job`; nothing where it was never taken."""
+    def state(self, job: Job, *, limit_seconds: float = 0.0) -> JobState:
+        """What is known of `job`; nothing where it was never taken.
+
+        Workers that were lost because they were too slow for a shorter limit than `limit_seconds` are not
+        counted: with more time they may not be.
+        """
         with self._open() as connection:
-            row = connection.execute(
-                "SELECT content, strikes, cause FROM job WHERE file = ? AND device = ? AND settings = ?",
-                (job.file, job.device, job.settings),
-            ).fetchone()
-        return JobState() if row is None else JobState(*row)
+            return self._state(connection, job, limit_seconds=limit_seconds)
 
     def attempts(self) -> list[Attempt]:
         """Every try, in the order in which they began."""
@@ -221,11 +244,20 @@ class LeaseQueue:
             ).fetchall()
         return [Attempt(*row) for row in rows]
 
-    def _content(self, connection: sqlite3.Connection, job: Job) -> str | None:
+    def _state(self, connection: sqlite3.Connection, job: Job, *, limit_seconds: float) -> JobState:
         row = connection.execute(
-            "SELECT content FROM job WHERE file = ? AND device = ? AND settings = ?",
-            (job.file, job.device, job.settings),
+            f"SELECT content, strikes, cause FROM job WHERE {_OF_JOB}", job.key
         ).fetchone()
+        if row is None:
+            return JobState()
+        content, strikes, cause = row
+        [(late,)] = connection.execute(
+            f"SELECT COUNT(*) FROM timeout WHERE {_OF_JOB} AND limit_seconds >= ?", (*job.key, limit_seconds)
+        )
+        return JobState(content, strikes + late, cause)
+
+    def _content(self, connection: sqlite3.Connection, job: Job) -> str | None:
+        row = connection.execute(f"SELECT content FROM job WHERE {_OF_JOB}", job.key).fetchone()
         return None if row is None else row[0]
 
     def _void(self, connection: sqlite3.Connection, now: float) -> None:

@@ -68,7 +68,7 @@ class DevicePool:
     ) -> None:
         self.queue, self.store = queue, store
         self._name, self._device, self._on_close = name, device, on_close
-        self._settings = boards[0].settings
+        self._settings, self._timeout_seconds = boards[0].settings, boards[0].timeout_seconds
         self._roster = Roster(
             boards,
             name=name,
@@ -116,7 +116,8 @@ class DevicePool:
 
         Raises:
             DeviceError: no such file; the runtime refuses it.
-            WorkerLostError: three workers were lost on it, now or when it was asked for before.
+            WorkerLostError: three workers were lost on it, now or when it was asked for before; not counting
+                those that were given less time.
             DevicesGoneError: no board was in service for too long.
         """
         job = self._job(path)
@@ -129,7 +130,7 @@ class DevicePool:
             return known
         cuts, tried = 0, set[str]()
         while True:
-            state = self.queue.state(job)
+            state = self.queue.state(job, limit_seconds=self._timeout_seconds)
             if state.content is not None and state.content != before:
                 return Measurement.from_json(state.content)  # another was at it
             if state.strikes >= TRIES:

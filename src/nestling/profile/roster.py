@@ -15,7 +15,13 @@ from nestling.profile.boards import Board, Calibration, DeviceClass
 from nestling.profile.leases import Job, Lease, LeaseQueue
 from nestling.profile.measurement import Measurement
 from nestling.profile.store import StoreError
-from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
+from nestling.profile.transport import (
+    DeviceError,
+    DevicesGoneError,
+    LineLostError,
+    TooSlowError,
+    WorkerLostError,
+)
 from nestling.profile.turns import turn
 from nestling.profile.worker_device import WorkerDevice
 
@@ -207,7 +213,8 @@ class Roster:
             cut = isinstance(error, LineLostError)
             strike = ready and not cut
             outcome = "lost" if strike else "cut" if cut else "board"
-            self.queue.fail(lease, outcome, str(error), strike=strike)
+            limit = board.device.timeout_seconds if isinstance(error, TooSlowError) else None
+            self.queue.fail(lease, outcome, str(error), strike=strike, limit_seconds=limit)
             self._failed(board, error)
             raise TryLost(error, strike=strike) from error
         with self._lock:

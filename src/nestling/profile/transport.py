@@ -25,6 +25,10 @@ class WorkerLostError(DeviceError):
     """The worker crashed, hung or was cut off. The next call starts another."""
 
 
+class TooSlowError(WorkerLostError):
+    """The worker was lost because what was asked of it took longer than it may."""
+
+
 class LineLostError(WorkerLostError):
     """The line to the worker was cut or cannot be had: this says nothing about what the worker was given."""
 

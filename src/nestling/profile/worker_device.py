@@ -29,6 +29,7 @@ from nestling.profile.transport import (
     DeviceError,
     DevicesGoneError,
     LineLostError,
+    TooSlowError,
     Transport,
     WorkerLostError,
 )
@@ -460,7 +461,8 @@ class WorkerDevice:
         except WorkerLostError as error:
             late = path is not None and time.monotonic() >= until
             hint = f" ({TOO_SLOW.format(self.timeout_seconds)})" if late else ""
-            raise type(error)(f"{about}: {error}{hint}") from None
+            kind = TooSlowError if late and not isinstance(error, LineLostError) else type(error)
+            raise kind(f"{about}: {error}{hint}") from None
         if "refused" in answer.message:
             if "ends" in answer.message:  # it goes, and what it held with it: the next call starts another
                 self.transport.stop()

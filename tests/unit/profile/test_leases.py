@@ -120,6 +120,38 @@ def test_strikes_add_up_until_something_counts(queue: LeaseQueue) -> None:
     ]
 
 
+def test_a_worker_lost_by_who_had_lost_the_lease_does_not_speak_against_the_job(
+    queue: LeaseQueue, clock: Clock
+) -> None:
+    stopped = taken(queue)
+    clock.now += queue.seconds + 1
+    queue.finish(taken(queue), "content")
+    assert queue.fail(stopped, "lost", "hung", strike=True) == 0
+    state = queue.state(JOB)
+    assert (state.content, state.strikes, state.cause) == ("content", 0, None)
+    assert [(a.outcome, a.cause) for a in queue.attempts()] == [("late", "hung"), ("measured", None)]
+
+
+def test_a_job_that_was_too_slow_may_be_tried_with_more_time(queue: LeaseQueue) -> None:
+    queue.fail(taken(queue), "lost", "SIGSEGV", strike=True)
+    for count, limit in enumerate((10.0, 20.0), 2):
+        queue.fail(taken(queue), "lost", f"no answer within {limit}", strike=True, limit_seconds=limit)
+        assert queue.state(JOB).strikes == count
+    assert [queue.state(JOB, limit_seconds=limit).strikes for limit in (10, 15, 20, 21)] == [3, 2, 2, 1]
+    queue.finish(taken(queue), "content")
+    assert queue.state(JOB).strikes == 0
+
+
+def test_a_queue_from_before_limits_were_kept_goes_on(queue: LeaseQueue) -> None:
+    with sqlite3.connect(queue.path) as connection:
+        connection.execute("DROP TABLE timeout")
+        connection.execute("DELETE FROM job")
+    connection.close()
+    again = LeaseQueue(queue.path, clock=queue.clock)
+    again.fail(taken(again), "lost", "late", strike=True, limit_seconds=1.0)
+    assert (again.state(JOB).strikes, again.state(JOB, limit_seconds=2.0).strikes) == (1, 0)
+
+
 TAKER = """
 import sys, time
 from pathlib import Path

@@ -61,6 +61,8 @@ class FakeBoard:
         """What starting it raises, though no transport should."""
         self.restless = 0
         self.gate: threading.Event | None = None
+        self.delay = 0.0
+        """Seconds that pass before a fault."""
         self._now = 0
 
     def start(self) -> None:
@@ -111,6 +113,7 @@ class FakeBoard:
         if isinstance(fault, str):
             return Answer({"refused": fault}, b"")
         if fault is not None:
+            time.sleep(self.delay)
             self.running = False
             raise fault
         self.timed += 1
@@ -135,14 +138,16 @@ def make(tmp_path: Path, clock: Clock, told: list[str]) -> Iterator[Made]:
     """Makes a pool of fake boards, called ssh://0 and so on."""
     made: list[DevicePool] = []
 
-    def make(*boards: FakeBoard, quiet: QuietTimes | None = None, **options: Any) -> DevicePool:
+    def make(
+        *boards: FakeBoard, quiet: QuietTimes | None = None, timeout_seconds: float = 5, **options: Any
+    ) -> DevicePool:
         devices = [
             WorkerDevice(
                 Address("cpu", place=SshPlace(str(number))),
                 transport=board,
                 seconds=1.0,
                 tolerance=0.01,
-                timeout_seconds=5,
+                timeout_seconds=timeout_seconds,
                 quiet=quiet,
                 start_pauses=(),
             )
@@ -216,8 +221,8 @@ def test_those_who_want_one_file_at_once_get_one_measurement(
     wanting = set[int]()
     state = pool.queue.state
 
-    def counted(job: Job) -> JobState:
-        known = state(job)
+    def counted(job: Job, *, limit_seconds: float = 0.0) -> JobState:
+        known = state(job, limit_seconds=limit_seconds)
         wanting.add(threading.get_ident())
         return known
 
@@ -284,6 +289,17 @@ def test_a_file_that_costs_three_workers_is_given_up_for_good(make: Made, tmp_pa
             pool.measure(path)
     assert [outcome for _, outcome in outcomes(pool)] == ["lost"] * 3
     assert make(FakeBoard()).measure(files(tmp_path, 2)[1]).ratio == pytest.approx(3)
+
+
+def test_a_file_that_was_too_slow_is_tried_again_with_more_time(make: Made, tmp_path: Path) -> None:
+    [path] = files(tmp_path, 1)
+    board = FakeBoard([SEGFAULT] * 3)
+    board.delay = 0.03
+    pool = make(board, timeout_seconds=0.02)
+    for _ in range(2):
+        with pytest.raises(WorkerLostError, match=r"3 workers were lost on .*raise profile\.timeout_seconds"):
+            pool.measure(path)
+    assert make(FakeBoard()).measure(path).ratio == pytest.approx(3)
 
 
 def test_a_refusal_is_the_file_s_and_not_tried_elsewhere(make: Made, tmp_path: Path) -> None:
