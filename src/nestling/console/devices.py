@@ -200,9 +200,11 @@ def print_precisions(facts: Mapping[str, Any], *, as_json: bool) -> None:
     for kind in dict.fromkeys(found["kind"] for found in findings):
         table.add_row(kind, *(_cell(cells.get((kind, name))) for name in columns))
     console.print(table)
+    untold = any(found["status"] == "untold" for found in findings)
     lines = [
         "2.00x: twice as fast as fp32, in a chain of such layers; ?: the machine was restless; "
         "float: it runs, but computes in 32-bit floats; -: the precision leaves it as it is"
+        + ("; untold: the runtime does not say in what it computes" if untold else "")
     ]
     if facts["fingerprint"]["int8_saturates"]:
         lines.append("8-bit products saturate here, so weights keep to 7 bits")
@@ -224,6 +226,8 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     words = [] if found["right"] else ["wrong"]
     if found["status"] == "simulated":
         words.append("float")
+    if found["status"] == "untold":
+        words.append("untold")
     if found["speedup"] is not None:
         words.append(f"{found['speedup']:.2f}x{'?' if found['unstable'] else ''}")
     if found["size"] is not None:

@@ -35,8 +35,10 @@ class FloatNode:
     why: str
 
 
-def float_islands(device: Device, path: Path, quantized: Quantized) -> tuple[FloatNode, ...]:
+def float_islands(device: Device, path: Path, quantized: Quantized) -> tuple[FloatNode, ...] | None:
     """The nodes of the file at `path` that compute in floats on what was, and what will be, integers.
+
+    None where the runtime does not tell what it made of the file.
 
     Args:
         device: its runtime's optimized graph is read.
@@ -46,10 +48,12 @@ def float_islands(device: Device, path: Path, quantized: Quantized) -> tuple[Flo
     Raises:
         DeviceError: the runtime refuses the file.
     """
-    nodes = device.optimized_ops(path)
     ranges = quantized.ranges
     if not ranges:
         return ()
+    nodes = device.optimized_ops(path)
+    if nodes is None:
+        return None
     between = _after_integers(nodes) & _before_integers(nodes)
     operators = {operator.name: operator for operator in quantized.graph.operators}
     layers: dict[str, str] = {}

@@ -130,6 +130,7 @@ def hand_over(
     accuracy = score(bench.device, path, test, resolution=candidate.resolution)
     # of a precision for research the file is wider than what it stands for, and so is its latency another
     measurement = None if candidate.policy.simulated else measure(bench.device, path)
+    islands = () if quantized is None else float_islands(bench.device, path, quantized)
     card: dict[str, Any] = {
         "name": name,
         "arch_key": arch.key,
@@ -157,9 +158,7 @@ def hand_over(
         "peak_bytes": candidate.peak_bytes,
         "resolution": candidate.resolution,
         "worst_error": candidate.worst_error,
-        "float_islands": []
-        if quantized is None
-        else [asdict(node) for node in float_islands(bench.device, path, quantized)],
+        "float_islands": None if islands is None else [asdict(node) for node in islands],
         "quantized": candidate.is_quantized,
         "writer": candidate.writer,
         "preprocessing": bench.data.search.preprocessing(candidate.resolution),

@@ -35,7 +35,7 @@ TIMED_SECONDS = 0.3
 TRIES = 3
 """A worker may be lost for reasons of its machine: a file that costs so many in a row is looked into."""
 
-Status = Literal["executed", "simulated", "refused"]
+Status = Literal["executed", "simulated", "untold", "refused"]
 T = TypeVar("T")
 
 _NARROW = {"float32": {"int8", "uint8", "int4", "uint4"}, "float16": {"float16"}, "bfloat16": {"bfloat16"}}
@@ -57,7 +57,8 @@ class Finding:
         precision: its name.
         kind: the operator, a key of `PROBES`.
         status: `executed`: on integers or halves, or from weights of few bits; `simulated`: it runs, but
-            computes in 32-bit floats, or no runtime is asked, as of precisions for research; `refused`.
+            computes in 32-bit floats, or no runtime is asked, as of precisions for research; `untold`: it
+            runs, compiled by the runtime, which does not tell in what; `refused`.
         why: the kernels that ran, or the error.
         error: the largest difference from PyTorch's simulation, as a fraction of the largest output; None
             where nothing ran.
@@ -154,7 +155,7 @@ def usable(
     """Those of `precisions` that a device runs as they say, in their order; the others, with the reason.
 
     A precision stays where no kind of layer is refused or computed wrongly, and where it is executed for
-    some kind or else shrinks the file, as weights of few bits do.
+    some kind, or may be, or else shrinks the file, as weights of few bits do.
 
     Args:
         precisions: names, such as a choice's values.
@@ -183,7 +184,8 @@ def _reason(precision: Precision, findings: Sequence[Finding], *, research: bool
             return f"{found.kind} is refused ({found.why})"
         if not found.right:
             return f"{found.kind} computes something else than its simulation ({found.error:.1%} off)"
-    if not findings or _is_plain(precision) or any(found.status == "executed" for found in findings):
+    executed = any(found.status in ("executed", "untold") for found in findings)
+    if not findings or _is_plain(precision) or executed:
         return None
     if precision.weight is not None and precision.activation is None:
         return None  # its file is smaller, though it computes in floats
@@ -232,6 +234,9 @@ def _find(device: Device, precision: Precision, probe: Probe, *, timed: bool) ->
         expected = simulated(quantized, images).logits.numpy()
         error_here = float(np.abs(got - expected).max() / np.abs(expected).max())
         status, why = _judge(kernels, graph, precision, probe)
+        if status == "simulated" and device.optimized_ops(path) is None:
+            status = "untold"
+            why = f"compiled by {', '.join(dict.fromkeys(kernel.provider for kernel in kernels))}"
         found = Finding(precision.name, probe.kind, status, why, error=error_here)
         return _timed(device, found, precision, probe, folder=Path(folder)) if timed else found
 

@@ -115,7 +115,8 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
     ONNX Runtime may quantize a layer that was left in float, or leave one in float that was quantized; only
     the graph that it has optimized tells. Layers in precisions for research may be computed either way, and
     so may those on integers with a ReLU6 that write fewer than 8 bits for such a layer, which end before the
-    ReLU6 does: of those nothing but the result counts.
+    ReLU6 does: of those nothing but the result counts. So it is with all of a file where the runtime does
+    not tell what it made of it, as one that compiles what it runs.
 
     Raises:
         ExportMismatch: the layers are listed.
@@ -136,7 +137,10 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
     }
     either = wanted & _ending_early(graph, ranges)
     wanted -= either
-    on_integers = {node.name for node in device.optimized_ops(path) if node.on_integers}
+    nodes = device.optimized_ops(path)
+    if nodes is None:
+        return
+    on_integers = {node.name for node in nodes if node.on_integers}
     found = on_integers & weighted.keys() - either
     if found != wanted:
         told = [f"{weighted[name]} is computed in float" for name in sorted(wanted - found)]

@@ -47,8 +47,8 @@ class Device(Protocol):
             DeviceError: as `measure`.
         """
 
-    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
-        """What the runtime makes of the file.
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...] | None:
+        """What the runtime makes of the file; None where it does not tell.
 
         Raises:
             DeviceError: as `measure`.

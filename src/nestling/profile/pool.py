@@ -182,8 +182,8 @@ class DevicePool:
         """
         return self._by_any(lambda device: device.predict(path, images, key=key))
 
-    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
-        """What the boards' runtime makes of the file.
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...] | None:
+        """What the boards' runtime makes of the file; None where it does not tell.
 
         Raises:
             DeviceError, DevicesGoneError: as `predict`.

@@ -109,6 +109,10 @@ class RefusalError(Exception):
     """A request that cannot be carried out; the text is the answer."""
 
 
+class UntoldError(RefusalError):
+    """A runtime does not tell what became of a model, which it may run all the same."""
+
+
 # Statistics: here, not in measurement.py, because the worker stops by the very interval that is reported.
 
 
@@ -799,7 +803,11 @@ class Runtime(Protocol):
         """What it says of itself beyond its name; `int8_saturates` for one."""
 
     def open(self, model: bytes, *, with_nodes: bool) -> Session:
-        """The model, ready to run; with the nodes that are left after the runtime's optimizations."""
+        """The model, ready to run; with the nodes that are left after the runtime's optimizations.
+
+        Raises:
+            UntoldError: it does not tell them.
+        """
 
     def profile(self, model: bytes, feed: Callable[[Session], Feed], *, runs: int) -> list[dict[str, Any]]:
         """The kernels of one run, in order, with the microseconds of each: the median of `runs`."""
@@ -837,6 +845,10 @@ SETTINGS = 2
 """Of the options of ONNX Runtime's sessions: what was measured with others is measured anew."""
 
 
+COMPILED = "Unable to serialize model as it contains compiled nodes"
+"""What ONNX Runtime says where an optimized graph is asked for that a provider has compiled."""
+
+
 class OrtRuntime:
     """ONNX Runtime with one execution provider, `target`; the CPU helps out where it may."""
 
@@ -852,6 +864,8 @@ class OrtRuntime:
         self.provider = PROVIDERS[target]
         self.present: list[str] = onnxruntime.get_available_providers()
         self.plugged: list[Any] = []
+        self.compiles = False
+        """Whether it was found that the provider compiles what it runs, and cannot write it down."""
         if self.provider in self.present:
             return
         self.plugged = self._plug_in(target)
@@ -883,12 +897,24 @@ class OrtRuntime:
         return {"providers": self.present, "int8_saturates": bool((product != SATURATION_EXACT).any())}
 
     def open(self, model: bytes, *, with_nodes: bool) -> OrtSession:
-        """The session of `model`."""
+        """The session of `model`.
+
+        Raises:
+            UntoldError: the provider compiles parts of models, which no ONNX file can hold.
+        """
         if not with_nodes:
             return self._session(self._native(model))
+        if self.compiles:
+            raise UntoldError(f"{self.provider} compiles its parts of models")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            session = self._session(self._native(model, optimized=path))
+            try:
+                session = self._session(self._native(model, optimized=path))
+            except Exception as error:  # the runtime's share no ancestor
+                if COMPILED not in str(error):
+                    raise
+                self.compiles = True  # for minutes, maybe: it is not asked again
+                raise UntoldError(f"{self.provider} compiles its parts of models") from None
             session.nodes = optimized_nodes(path.read_bytes())
         return session
 
@@ -1280,8 +1306,14 @@ class Worker:
         return {"shape": answer.shape}, answer.tobytes()
 
     def optimized(self, _: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
-        """Answers the nodes that are left of the model in `blob` after the runtime's optimizations."""
-        return {"nodes": self._opened(bytes(blob), with_nodes=True).session.nodes}, b""
+        """Answers the nodes that are left of the model in `blob` after the runtime's optimizations.
+
+        None where the runtime does not tell them.
+        """
+        try:
+            return {"nodes": self._opened(bytes(blob), with_nodes=True).session.nodes}, b""
+        except UntoldError:
+            return {"nodes": None}, b""
 
     def kernels(self, request: Mapping[str, Any], blob: bytearray) -> tuple[dict[str, Any], bytes]:
         """Runs the model in `blob` `runs` times; answers the kernels that ran, with types and times."""

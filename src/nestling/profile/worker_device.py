@@ -197,8 +197,10 @@ class WorkerDevice:
         logits = np.frombuffer(answer.blob, dtype="<f4").reshape(answer.message["shape"])
         return logits.astype(np.float32, copy=False)
 
-    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...]:
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...] | None:
         """The nodes that are left after the runtime's optimizations, in order, those of subgraphs last.
+
+        None where the runtime does not tell them, as providers of ONNX Runtime that compile what they run.
 
         Raises:
             DeviceError: as `measure`.
@@ -207,6 +209,8 @@ class WorkerDevice:
         with self._alone:
             self.start()
             answer = self._ask("optimized", model, path=path, until=self._until())
+        if answer.message["nodes"] is None:
+            return None
         return tuple(
             OptimizedOp(
                 name=_COPY.sub("", node["name"]),

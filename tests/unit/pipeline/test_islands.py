@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nestling.models.graph import trace
 from nestling.pipeline.islands import FloatNode, float_islands
 from nestling.pipeline.writing import write_file
 from nestling.profile import Device, connect
-from nestling.quant import QuantPolicy, quantize
+from nestling.quant import Quantized, QuantPolicy, quantize
 
 Islands = Callable[..., tuple[FloatNode, ...]]
 
@@ -40,7 +42,9 @@ def _islands(device: Device, act: nn.Module, path: Path, *rules: tuple[str, str]
     graph = trace(Between(act).eval(), resolution=8)
     quantized = quantize(graph, QuantPolicy(rules), [torch.randn(2, 3, 8, 8)])
     write_file(quantized, path)
-    return float_islands(device, path, quantized)
+    found = float_islands(device, path, quantized)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.Sigmoid(), nn.Hardswish(), nn.Hardsigmoid()])
@@ -58,6 +62,19 @@ def test_a_layer_that_the_policy_leaves_in_floats_is_an_island(islands: Islands)
     found = islands(middle, ("", "w8a8"), ("act", "fp32"))
     assert {node.layer for node in found if node.op.endswith("Conv")} == {"act"}
     assert any(node.why == "its weight is not quantized in the file" for node in found)
+
+
+def test_of_a_graph_that_is_not_told_islands_are_not_known() -> None:
+    untold = SimpleNamespace(optimized_ops=lambda _: None)
+    graph = trace(Between(nn.ReLU()).eval(), resolution=8)
+    quantized = quantize(graph, QuantPolicy((("", "w8a8"),)), [torch.randn(2, 3, 8, 8)])
+    assert float_islands(cast(Device, untold), Path("model.onnx"), quantized) is None
+
+
+def test_a_network_in_floats_has_no_island_whatever_the_device_tells() -> None:
+    graph = trace(Between(nn.ReLU()).eval(), resolution=8)
+    unasked = cast(Device, SimpleNamespace())
+    assert float_islands(unasked, Path("model.onnx"), Quantized(graph, {})) == ()
 
 
 def test_floats_before_the_first_integer_and_after_the_last_are_no_island(islands: Islands) -> None:

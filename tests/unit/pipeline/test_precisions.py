@@ -21,6 +21,7 @@ from nestling.profile import (
     LineLostError,
     Measurement,
     MeasurementStore,
+    OptimizedOp,
     WorkerDevice,
     WorkerLostError,
     connect,
@@ -50,6 +51,9 @@ class Other:
             raise DeviceError(f"{self.name}, {path}: {self.changes['error']}")
         found: tuple[Kernel, ...] = self.changes.get("kernels") or self.cpu.kernels(path)
         return found
+
+    def optimized_ops(self, path: Path) -> tuple[OptimizedOp, ...] | None:
+        return None if self.changes.get("compiles") else self.cpu.optimized_ops(path)
 
     def predict(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         if path.name == "fp32.onnx" and "plain" in self.changes:
@@ -91,6 +95,14 @@ def test_the_cpu_executes_these_on_integers_as_simulated(cpu: WorkerDevice, kind
 def test_what_runs_in_floats_between_integers_is_simulated(cpu: WorkerDevice) -> None:
     found = _probe(cpu, "Gelu")
     assert (found.status, found.right, found.why) == ("simulated", True, "Gelu of floats")
+
+
+def test_what_a_runtime_compiles_and_does_not_tell_is_usable(cpu: WorkerDevice) -> None:
+    provider = "OpenVINOExecutionProvider"
+    compiled = Kernel(f"{provider}_{provider}_348_0_0", f"{provider}_348_0", provider, ("float",), ("float",))
+    found = _probe(Other(cpu, compiles=True, kernels=(compiled,)), "Conv")
+    assert (found.status, found.why, found.right) == ("untold", f"compiled by {provider}", True)
+    assert usable(["fp32", "w8a8"], [found]) == (("fp32", "w8a8"), {})
 
 
 def test_a_device_that_computes_something_else_is_found_out(cpu: WorkerDevice) -> None:

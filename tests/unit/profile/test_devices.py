@@ -506,11 +506,18 @@ def quantized(path: Path) -> Path:
 def test_the_optimized_graph_shows_the_precision_that_each_layer_got(
     cpu: WorkerDevice, tmp_path: Path
 ) -> None:
-    ops = cpu.optimized_ops(quantized(tmp_path / "q.onnx"))
+    ops = cpu.optimized_ops(quantized(tmp_path / "q.onnx")) or ()
     quantized_ops = [op.name for op in ops if op.op.endswith("QLinearConv")]
     assert quantized_ops == ["quantized"]
     left = {(op.name, op.op) for op in ops}
     assert left & {("b_nchwc", "com.microsoft.nchwc.Conv"), ("float", "Conv")}
+
+
+def test_a_device_that_does_not_tell_its_graph_says_so(
+    cpu: WorkerDevice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.transport, "exchange", lambda *_, **__: Answer({"nodes": None}, b""))
+    assert cpu.optimized_ops(tiny) is None
 
 
 def test_the_kernels_tell_what_types_they_read(cpu: WorkerDevice, tmp_path: Path) -> None:
@@ -530,7 +537,7 @@ def test_a_file_can_be_timed_beside_another_one(cpu: WorkerDevice, tiny: Path, t
 
 
 def test_the_optimized_graph_tells_what_each_node_reads_and_writes(cpu: WorkerDevice, tiny: Path) -> None:
-    nodes = cpu.optimized_ops(tiny)
+    nodes = cpu.optimized_ops(tiny) or ()
     written = {name for node in nodes for name in node.writes}
     assert "logits" in written
     assert "images" in nodes[0].reads

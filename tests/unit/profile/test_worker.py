@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from nestling.profile import WorkerDevice, worker
 from nestling.profile.transport_local import LocalProcess
@@ -487,6 +488,47 @@ def test_one_session_serves_all_that_is_asked_of_a_model(
     asked.load({"model": "a"}, bytearray(model))
     asked.optimized({}, bytearray(model))
     assert opened == [True, False, False, True]
+
+
+COMPILED = (
+    "[ONNXRuntimeError] : 1 : FAIL : Unable to serialize model as it contains compiled nodes. Please disable "
+    "any execution providers which generate compiled nodes."
+)
+"""What onnxruntime 1.31 says with onnxruntime-ep-openvino 1.8 where its optimized graph is asked for."""
+
+
+def _refusing_to_write(monkeypatch: pytest.MonkeyPatch, text: str) -> list[bool]:
+    """Has ONNX Runtime refuse with `text` to write a graph; tells of each session whether it was asked to."""
+    real, asked = onnxruntime.InferenceSession, list[bool]()
+
+    def session(model: bytes, options: Any, **further: Any) -> Any:
+        asked.append(bool(options.optimized_model_filepath))
+        if asked[-1]:
+            raise native.Fail(text)
+        return real(model, options, **further)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    return asked
+
+
+def test_a_provider_that_compiles_does_not_tell_its_graph_and_runs_all_the_same(
+    tiny: Path, tiny_model: Callable[[int | str], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, model = worker.Worker(), tiny.read_bytes()
+    sessions = _refusing_to_write(monkeypatch, COMPILED)
+    assert told.optimized({}, bytearray(model)) == ({"nodes": None}, b"")
+    loaded, _ = told.load({"model": "a"}, bytearray(model))
+    assert loaded["first_seconds"] > 0
+    assert sessions == [True, False]
+    assert told.optimized({}, bytearray(model))[0] == {"nodes": None}  # once was enough: compiling is slow
+    told.optimized({}, bytearray(tiny_model("N").SerializeToString()))
+    assert sessions == [True, False]
+
+
+def test_another_refusal_to_write_the_graph_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refusing_to_write(monkeypatch, "No space left on device")
+    with pytest.raises(native.Fail, match="No space left"):
+        worker.Worker().optimized({}, bytearray(tiny.read_bytes()))
 
 
 def test_importing_the_worker_loads_no_runtime() -> None:
