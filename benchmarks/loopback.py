@@ -119,6 +119,24 @@ class Board:
 
         return self._run(abort())
 
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Hears and says nothing meanwhile; then its lines are cut, and what was under way there is lost."""
+        held, going_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            held.set()
+            going_on.wait()
+            for line in list(self.lines):
+                line.abort()
+
+        self._loop.call_soon_threadsafe(hold)
+        held.wait()
+        try:
+            yield
+        finally:
+            going_on.set()
+
     def close(self) -> None:
         """Stops listening, ends its commands and the thread."""
         self.shut()

@@ -71,6 +71,7 @@ class AdbProcess:
         self._shell: LocalProcess | None = None
         self._lodging: Lodging | None = None
         self._orphan: str | None = None
+        """The folder of a worker that is not known to have ended: it may still be at work there."""
 
     @property
     def running(self) -> bool:
@@ -86,8 +87,9 @@ class AdbProcess:
         """Starts a worker.
 
         Raises:
-            LineLostError: adb does not reach the device.
-            DeviceError: there is no adb; the device's Python is too old or lacks what the worker needs.
+            LineLostError: adb does not reach the device, or a worker that was cut off there does not end.
+            DeviceError: adb is not there or cannot be run; the device's Python is too old or lacks what the
+                worker needs.
         """
         self.stop()
         name, source = worker_file()
@@ -95,16 +97,20 @@ class AdbProcess:
         shell = LocalProcess((*self._words(), "shell", "-T", command), read_status=_worker_status)
         try:
             shell.start()
-        except DeviceError:
-            raise DeviceError(
-                f"{self.place}: there is no {self.adb}; install Android's platform tools (apt install adb)"
-            ) from None
+        except DeviceError as error:
+            cause = error.__cause__
+            if isinstance(cause, FileNotFoundError) and cause.filename == self.adb:
+                install = "install Android's platform tools (apt install adb)"
+                raise DeviceError(f"{self.place}: there is no {self.adb}; {install}") from None
+            raise DeviceError(f"{self.place}: {error}") from None
         self._shell = shell
         try:
             until = time.monotonic() + CONNECT_SECONDS
             self._lodging = self._greeted(shell, until)
             if self._orphan is not None:  # a worker that was cut off would disturb the new one
-                self._run("shell", "-T", kill_command(self._orphan))
+                if not self._killed(self._orphan):
+                    told = f"the worker in {self._orphan}, which may still run there, could not be ended"
+                    raise LineLostError(f"{self.place}: {told}")
                 self._orphan = None
             check_python(self._lodging, self.place.python, where=str(self.place))
             self._push(source, f"{self._lodging.folder}/{name}")
@@ -119,24 +125,22 @@ class AdbProcess:
         """The worker's answer to `request` and `blob`.
 
         Raises:
-            LineLostError: adb lost the device.
+            LineLostError: adb lost the device, or the worker could not be killed there.
             WorkerLostError: it died, did not answer within `timeout_seconds`, or sent what is no answer; it
                 is killed then.
         """
         if self._shell is None:
             raise WorkerLostError("no worker runs")
-        answer: Answer | None = None
         try:
-            answer = self._shell.exchange(request, blob, timeout_seconds=timeout_seconds)
+            return self._shell.exchange(request, blob, timeout_seconds=timeout_seconds)
         except WorkerLostError as error:
-            if self._shell.status == LINE_LOST:
-                self._orphan = self.folder
+            cut = self._shell.status == LINE_LOST
+            if not self._evict() or cut:
                 raise LineLostError(f"the line to {self.place} was lost: {error}") from None
             raise
-        finally:
-            if answer is None:
-                self._evict()
-        return answer
+        except BaseException:
+            self._evict()
+            raise
 
     def stop(self) -> None:
         """Ends the worker, which then leaves nothing on the device."""
@@ -144,11 +148,19 @@ class AdbProcess:
             self._shell.stop()
         self._shell = self._lodging = None
 
-    def _evict(self) -> None:
-        """Kills the worker, here and there."""
-        if self._lodging is not None:
-            self._run("shell", "-T", kill_command(self._lodging.folder))
+    def _evict(self) -> bool:
+        """Kills the worker, here and there: whether it is known to have ended there."""
+        folder = self.folder
+        killed = folder is None or self._killed(folder)
+        if not killed and self._orphan is None:  # else the new one has no worker yet
+            self._orphan = folder
         self.stop()
+        return killed
+
+    def _killed(self, folder: str) -> bool:
+        """Whether the device says that the keeper of `folder` was told to kill its worker, or is gone."""
+        done = self._run("shell", "-T", kill_command(folder))
+        return done is not None and done.returncode == 0
 
     def _greeted(self, shell: LocalProcess, until: float) -> Lodging:
         heard = 0

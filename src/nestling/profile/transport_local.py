@@ -88,7 +88,7 @@ class LocalProcess:
             self._close()
             raise DeviceError(
                 f"the worker cannot be started with {' '.join(self.command)}: {error}"
-            ) from None
+            ) from error
         for pipe in self._pipes(self._process):
             os.set_blocking(pipe.fileno(), False)
 

@@ -42,7 +42,7 @@ _LODGE = (
     'exec 3<&-; wait "$worker"; exit $?'
 )  # fmt: skip
 """$1 is Python, $2 _LOOK, $3 _LAUNCH, $4 the worker's hash, $5 what it imports, $6 where folders are made."""
-_KILL = 'read -r owner < "$1/owner" && kill "$owner"'
+_KILL = 'read -r owner < "$1/owner" && kill "$owner"; exit 0'
 _REMOVE = 'rm -rf -- "$1"'
 _LOOK = (
     "import importlib.util, json, sys; "
@@ -89,7 +89,10 @@ def lodge_command(python: str, *, modules: Sequence[str], name: str, base: str =
 
 
 def kill_command(folder: str) -> str:
-    """What has the keeper of `folder` kill its worker and remove the folder."""
+    """What has the keeper of `folder` kill its worker and remove the folder.
+
+    Its status is 0 also where there is no keeper any more: any other one is not the board's.
+    """
     return shlex.join(["sh", "-c", _KILL, "sh", folder])
 
 

@@ -67,7 +67,7 @@ class SshProcess:
         self._loop: _LoopThread | None = None
         self._lodger: _Lodger | None = None
         self._orphan: str | None = None
-        """The folder of a worker whose line was cut: it may still be at work on the board."""
+        """The folder of a worker that is not known to have ended: it may still be at work on the board."""
 
     @property
     def running(self) -> bool:
@@ -85,7 +85,7 @@ class SshProcess:
         """Connects and starts a worker.
 
         Raises:
-            LineLostError: the board cannot be reached.
+            LineLostError: the board cannot be reached, or does not end a worker that was cut off before.
             DeviceError: asyncssh is not installed; the board's key is unknown or has changed, or ours is
                 refused; its Python is too old or lacks what the worker needs; it has no SFTP.
         """
@@ -105,7 +105,7 @@ class SshProcess:
         """The worker's answer to `request` and `blob`.
 
         Raises:
-            LineLostError: the connection was lost.
+            LineLostError: the connection was lost, or the board does not answer at all.
             WorkerLostError: it died, did not answer within `timeout_seconds`, or sent what is no answer; it
                 is killed then.
         """
@@ -114,9 +114,6 @@ class SshProcess:
         answer: Answer | None = None
         try:
             answer = self._loop.run(self._lodger.exchange(request, blob, timeout_seconds))
-        except LineLostError:
-            self._orphan = self.folder
-            raise
         finally:
             # Also where Ctrl-C came in the middle: the rest of an answer must not be taken for the next one.
             if answer is None:
@@ -136,7 +133,9 @@ class SshProcess:
             return
         try:
             if lodger is not None:
-                loop.run(lodger.evict())
+                self._orphan = lodger.lodging.folder
+                if loop.run(lodger.evict()):
+                    self._orphan = None
         finally:
             loop.close()
 
@@ -201,9 +200,13 @@ class _Lodger:
             async with asyncio.timeout(seconds):
                 return await self._receive()
         except TimeoutError:
-            await self.evict()
-            cause = f"no answer to {request['verb']!r} within {seconds:.3g} s; the worker was killed"
-            raise WorkerLostError(with_last_words(cause, self._stderr)) from None
+            cause = f"no answer to {request['verb']!r} within {seconds:.3g} s"
+            if not await self.evict():
+                raise LineLostError(
+                    f"the line to {self.place} was lost: {cause}, nor did the board say within "
+                    f"{KILL_SECONDS:.3g} s that it killed the worker"
+                ) from None
+            raise WorkerLostError(with_last_words(f"{cause}; the worker was killed", self._stderr)) from None
         except (EOFError, OSError, asyncssh.Error):
             raise await self._lost(str(request["verb"])) from None
         except ValueError as error:
@@ -221,15 +224,22 @@ class _Lodger:
             async with asyncio.timeout(STOP_SECONDS):
                 await self._process.wait_closed()
 
-    async def evict(self) -> None:
-        """Kills the worker where it still runs, gives its keeper time to tidy up, and hangs up."""
-        with contextlib.suppress(Exception):
-            if not self.ended:
-                async with asyncio.timeout(KILL_SECONDS):
-                    await self._connection.run(kill_command(self.lodging.folder), check=False)
-                    await self._process.wait_closed()
+    async def evict(self) -> bool:
+        """Kills the worker where it still runs, gives its keeper time to tidy up, and hangs up.
+
+        Returns:
+            Whether the worker is known to have ended.
+        """
+        killed = False
+        if not self.ended:
+            killed = await _killed(self._connection, self.lodging.folder)
+            if killed:
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(KILL_SECONDS):
+                        await self._process.wait_closed()
         await _hang_up(self._connection)
         self._listening.cancel()
+        return killed or self._process.exit_status is not None or self._process.exit_signal is not None
 
     async def _lost(self, verb: str) -> WorkerLostError:
         """The error to raise for a worker that is heard no more."""
@@ -280,14 +290,25 @@ async def _move_in(place: SshPlace, modules: Sequence[str], *, orphan: str | Non
     """
     connection = await _call(place)
     try:
-        if orphan is not None:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(KILL_SECONDS):
-                    await connection.run(kill_command(orphan), check=False)
+        if orphan is not None and not await _killed(connection, orphan):
+            raise LineLostError(
+                f"{place}: the worker in {orphan}, which may still run there, could not be ended within "
+                f"{KILL_SECONDS:.3g} s"
+            )
         return await _lodge(place, connection, modules)
     except BaseException:
         await _hang_up(connection)
         raise
+
+
+async def _killed(connection: asyncssh.SSHClientConnection, folder: str) -> bool:
+    """Whether the board says that the keeper of `folder` was told to kill its worker, or is gone."""
+    try:
+        async with asyncio.timeout(KILL_SECONDS):
+            done = await connection.run(kill_command(folder), check=False)
+    except Exception:  # the line may end in many ways
+        return False
+    return done.exit_status == 0
 
 
 async def _lodge(

@@ -106,6 +106,21 @@ def test_a_device_that_is_unplugged_is_a_lost_line(transport: AdbProcess, adb: P
         transport.start()
 
 
+def test_a_worker_that_could_not_be_killed_is_with_the_next_start(transport: AdbProcess, adb: Path) -> None:
+    transport.start()
+    pid = worker_pid(transport)
+    os.kill(pid, signal.SIGSTOP)
+    adb.with_name("adb.unplugged").touch()
+    with pytest.raises(LineLostError, match="the line to adb://here was lost: no answer to 'drop'"):
+        transport.exchange(NOTHING, b"", timeout_seconds=0.05)
+    os.kill(pid, 0)  # it is there
+    with pytest.raises(LineLostError, match="cannot be reached"):
+        transport.start()
+    adb.with_name("adb.unplugged").unlink()
+    transport.start()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def test_a_device_that_is_not_there_is_named(adb: Path) -> None:
     with pytest.raises(LineLostError, match=r"adb://nowhere cannot be reached.*device 'nowhere' not found"):
         AdbProcess(AdbPlace("nowhere"), adb=str(adb)).start()
@@ -125,6 +140,14 @@ def test_a_python_that_is_not_there_is_named(adb: Path, tmp_path: Path) -> None:
 def test_a_missing_adb_is_named_with_what_installs_it() -> None:
     with pytest.raises(DeviceError, match=r"there is no no-such-adb; install .*apt install adb"):
         AdbProcess(AdbPlace("here"), adb="no-such-adb").start()
+
+
+def test_an_adb_that_cannot_be_run_is_not_called_missing(adb: Path) -> None:
+    adb.chmod(0o644)
+    with pytest.raises(
+        DeviceError, match=r"adb://here: the worker cannot be started with .*Permission denied"
+    ):
+        AdbProcess(AdbPlace("here"), adb=str(adb)).start()
 
 
 def test_what_is_run_is_one_quoted_word(adb: Path, tmp_path: Path) -> None:

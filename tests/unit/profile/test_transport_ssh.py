@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nestling.profile import DeviceError, WorkerDevice, WorkerLostError, connect
+from nestling.profile import DeviceError, WorkerDevice, WorkerLostError, connect, transport_ssh
 from nestling.profile.address import SshPlace
 from nestling.profile.transport import LineLostError
 from nestling.profile.transport_remote import lodge_command, worker_file
@@ -198,6 +198,42 @@ def test_a_worker_that_was_cut_off_in_its_work_does_not_disturb_the_next_one(
     transport.start()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
     assert [str(folder) for folder in board.lodgings()] == [transport.folder]
+
+
+def test_a_worker_behind_a_line_that_stalls_does_not_disturb_the_next_one(
+    board: Any, transport: SshProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport.start()
+    pid = worker_pid(transport)
+    os.kill(pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(transport_ssh, "KILL_SECONDS", 0.02)
+        patched.setattr(transport_ssh, "STOP_SECONDS", 0.02)
+        with board.stalled(), pytest.raises(LineLostError, match=r"no answer to 'drop' within 0\.05 s, nor"):
+            ask(transport, timeout_seconds=0.05)
+    os.kill(pid, 0)  # it is there
+    transport.start()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert [str(folder) for folder in board.lodgings()] == [transport.folder]
+
+
+def test_no_worker_is_started_beside_one_that_could_not_be_ended(
+    board: Any, transport: SshProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport.start()
+    pid, folder = worker_pid(transport), transport.folder
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.02, board.cut).start()
+    with pytest.raises(LineLostError):
+        ask(transport)
+    with monkeypatch.context() as patched:
+        patched.setattr(transport_ssh, "KILL_SECONDS", 0.02)
+        patched.setattr(transport_ssh, "kill_command", lambda folder: f"sleep 1 # {folder}")
+        with pytest.raises(LineLostError, match=r"ssh://127.*: the worker in .* could not be ended"):
+            transport.start()
+    assert [str(kept) for kept in board.lodgings()] == [folder]
+    transport.start()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_folder_whose_owner_was_killed_goes_with_the_next_worker(board: Any, transport: SshProcess) -> None:
