@@ -176,7 +176,7 @@ WITHOUT_COUNTS: frozenset[Method] = frozenset({"minmax", "moving"})
 """The methods that read no more than extremes."""
 
 
-def largest_of_rows(rows: Tensor, levels: int, *, method: WeightMethod = "minmax") -> Tensor:
+def largest_of_rows(rows: Tensor, ends: tuple[int, int], *, method: WeightMethod = "minmax") -> Tensor:
     """(R,): for each row of `rows` (R, K), the number that the largest integer should stand for.
 
     `minmax` takes the row's largest number; `mse` that part of it, of 46 between a tenth and all, whose
@@ -184,7 +184,7 @@ def largest_of_rows(rows: Tensor, levels: int, *, method: WeightMethod = "minmax
 
     Args:
         rows: weights that share a scale.
-        levels: the largest integer; the smallest is its negative.
+        ends: the smallest and the largest integer; zero is integer 0.
         method: how.
     """
     whole = rows.abs().amax(1)
@@ -194,11 +194,11 @@ def largest_of_rows(rows: Tensor, levels: int, *, method: WeightMethod = "minmax
     together = _HELD if rows.device.type == "cpu" else _HELD_ELSEWHERE
     at_a_time = max(1, together // (len(ratios) * rows.shape[1]))
     parts = zip(torch.split(rows, at_a_time), torch.split(whole, at_a_time), strict=True)
-    return torch.cat([_least_of_rows(part, wide, levels, ratios, together) for part, wide in parts])
+    return torch.cat([_least_of_rows(part, wide, ends, ratios, together) for part, wide in parts])
 
 
 def _least_of_rows(
-    rows: Tensor, whole: Tensor, levels: int, ratios: Sequence[float], together: int
+    rows: Tensor, whole: Tensor, ends: tuple[int, int], ratios: Sequence[float], together: int
 ) -> Tensor:
     """The parts of `whole`, (R,), by one of `ratios` each, with which the error of `rows` (R, K) is least.
 
@@ -209,8 +209,8 @@ def _least_of_rows(
     count = max(1, together // max(1, rows.numel()))
     for begin in range(0, len(ratios), count):
         tried = torch.tensor(ratios[begin : begin + count], device=rows.device)[:, None] * whole
-        scale = torch.where(whole > 0, tried / levels, 1.0)[:, :, None]
-        error = (rows / scale).round_().clamp_(-levels, levels).mul_(scale).sub_(rows).square_().sum(2)
+        scale = torch.where(whole > 0, tried / ends[1], 1.0)[:, :, None]
+        error = (rows / scale).round_().clamp_(*ends).mul_(scale).sub_(rows).square_().sum(2)
         here = error.amin(0)
         places = torch.arange(len(tried), device=rows.device)[:, None].expand_as(error)
         first = torch.where(error == here, places, len(tried) - 1).amin(0)

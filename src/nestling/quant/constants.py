@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -136,17 +137,21 @@ def weight_range(
     With less than 8 bits its scale has the least squared error, whatever `weights` says: single large weights
     would leave next to no integers to the rest. A channel of zeros has `SMALLEST_SCALE`. The range is on the
     device of the weight.
+
+    Eight bits of a reduced range are `int7`: a scale of the least error leaves out large weights, which must
+    be cut off there, not at 8 bits.
     """
     numbers = rows(weight.detach(), axis).float()
     if not format.per_channel:
         numbers = numbers.reshape(1, -1)
-    levels = min(format.high, 63) if reduce_range else format.high
-    scale = largest_of_rows(numbers, levels, method="mse" if format.bits < 8 else weights) / levels
+    held = replace(format, bits=7) if reduce_range and format.bits == 8 else format
+    method: WeightMethod = "mse" if format.bits < 8 else weights
+    scale = largest_of_rows(numbers, (held.low, held.high), method=method) / held.high
     scale = scale.clamp(min=SMALLEST_SCALE)
     if not format.per_channel:
         scale = scale[0]
     zeros = torch.zeros(scale.shape, dtype=torch.int32, device=scale.device)
-    return Range(scale, zeros, format.dtype, axis if format.per_channel else None)
+    return Range(scale, zeros, held.dtype, axis if format.per_channel else None)
 
 
 def grouped_range(weight: Tensor, format: Format, *, axis: int) -> Range:

@@ -126,9 +126,6 @@ class LearnedGraph(nn.Module):
             now = self._latent(operator)
             found = self._weight_range(now)
             if found is not None:
-                if self._narrow(operator):  # beyond 7 bits the file's 8 would round elsewhere
-                    now = replace(now, weight=found.nearest(now.constant()))
-                    found = replace(found, dtype="int8")
                 ranges[f"{operator.name}.weight"] = _on_cpu(found)
                 bias = self._bias_range(operator, found)
                 if bias is not None:
@@ -209,17 +206,18 @@ class LearnedGraph(nn.Module):
         if found is None:
             return None
         weight, bias = operator.constant().detach(), operator.bias
+        precision = self._how.policy.precision(operator.layer)
         if self._code(operator) is not None:
             largest = weight.abs().amax()
             found = replace(found, scale=torch.where(largest > 0, largest, 1.0).reshape(found.scale.shape))
         elif self._how.scales == "learned":
             found = self._range(name)
-        elif found.block is None and found.limits[1] < 127:
+        elif precision.integers is not None and found.block is None and precision.integers.bits < 8:
             found = replace(found, scale=statistical_scale(weight, found))
         else:
             now = stored_range(
                 weight.cpu(),
-                self._how.policy.precision(operator.layer),
+                precision,
                 axis=WEIGHT_AXES[operator.kind],
                 weights=self._how.weights,
                 reduce_range=self._how.reduce_range,
@@ -230,7 +228,7 @@ class LearnedGraph(nn.Module):
         if bias is not None and self._on_integers(operator):
             wide = with_room_for(bias, replace(found, scale=found.scale.detach()), self._read(operator))
             found = replace(found, scale=instead(found.scale, wide.scale))
-        return replace(found, dtype="int7") if self._narrow(operator) else found
+        return found
 
     def _bias_range(self, operator: Operator, of_weight: Range) -> Range | None:
         """The range of the bias of `operator`: of 32 bits, in the scale of the products."""
@@ -248,11 +246,6 @@ class LearnedGraph(nn.Module):
         """The range of what `operator` reads, without gradients."""
         found = self._range(operator.inputs[0])
         return replace(found, scale=found.scale.detach())
-
-    def _narrow(self, operator: Operator) -> bool:
-        found = self._ranges.get(f"{operator.name}.weight")
-        narrowed = self._how.reduce_range and found is not None and found.dtype == "int8"
-        return narrowed and self._on_integers(operator)
 
     def _on_integers(self, operator: Operator) -> bool:
         """Whether `operator` computes on integers, and not only reads a tensor that others have rounded."""

@@ -42,23 +42,13 @@ class Grid:
 
 
 def grid_of(found: Range, weight: Tensor) -> Grid:
-    """The grid of `found` for `weight`.
-
-    It ends where the integers of the channel's (or, with one scale, of the tensor's) own weights end: a range
-    of 7-bit weights looks like one of 8 bits, and must not be left.
-    """
+    """The grid of `found` for `weight`."""
     ends = (found.nearest(torch.full_like(weight, end)) for end in (-torch.inf, torch.inf))
     bottom, top = ends
     integers = (found.integers(torch.full_like(weight, end)) for end in (-torch.inf, torch.inf))
     first, last = integers
     step = (top - bottom) / (last - first)
-    low, high = (bottom / step).round(), (top / step).round()
-    sizes = (found.nearest(weight) / step).round().abs()
-    if found.axis is not None:
-        largest = sizes.amax([axis for axis in range(weight.ndim) if axis != found.axis], keepdim=True)
-    else:
-        largest = sizes.amax()
-    return Grid(step, torch.maximum(low, -largest), torch.minimum(high, largest))
+    return Grid(step, (bottom / step).round(), (top / step).round())
 
 
 def round_by_moments(

@@ -139,7 +139,10 @@ def coarse(uneven: Graph, images: Tensor) -> Mapping[str, Range]:
 
 
 def in_four_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
-    return {
-        name: replace(found, scale=found.scale * 127 / 7) if name.endswith((".weight", ".bias")) else found
+    wider = {
+        name: replace(found, scale=found.scale * 127 / 7)
         for name, found in ranges.items()
+        if name.endswith((".weight", ".bias"))
     }
+    narrow = {name: replace(found, dtype="int4") for name, found in wider.items() if name.endswith(".weight")}
+    return {**ranges, **wider, **narrow}

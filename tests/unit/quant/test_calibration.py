@@ -174,14 +174,14 @@ def test_methods_that_read_counts_refuse_extremes(method: Method) -> None:
 def test_clipped_weights_have_the_least_error_of_each_row() -> None:
     rows = numbers("heavy", 300).reshape(6, 50)
     rows[2] = 0
-    for levels in (127, 7, 1):
-        found = largest_of_rows(rows, levels, method="mse")
+    for low, levels in ((-128, 127), (-64, 63), (-8, 7), (-4, 3), (-2, 1)):
+        found = largest_of_rows(rows, (low, levels), method="mse")
         for row, largest in zip(rows, found.tolist(), strict=True):
             whole = float(row.abs().max())
 
-            def error(limit: float, row: Tensor = row, levels: int = levels) -> float:
+            def error(limit: float, row: Tensor = row, low: int = low, levels: int = levels) -> float:
                 scale = limit / levels if limit else 1.0
-                return float(((row / scale).round().clamp(-levels, levels) * scale - row).square().sum())
+                return float(((row / scale).round().clamp(low, levels) * scale - row).square().sum())
 
             assert error(largest) <= 1.02 * min(error(whole * part) for part in np.linspace(0.2, 1, 40))
 
@@ -194,12 +194,12 @@ def test_how_much_is_looked_at_in_one_go_changes_no_range(held: int, monkeypatch
     best, least = whole, torch.full_like(whole, torch.inf)
     for ratio in torch.linspace(1.0, 0.1, 46).tolist():
         scale = torch.where(whole > 0, whole * ratio / 7, 1.0)[:, None]
-        error = ((rows / scale).round().clamp(-7, 7) * scale - rows).square().sum(1)
+        error = ((rows / scale).round().clamp(-8, 7) * scale - rows).square().sum(1)
         best, least = torch.where(error < least, whole * ratio, best), torch.minimum(error, least)
     monkeypatch.setattr(calibration, "_HELD", held)
-    assert torch.equal(largest_of_rows(rows, 7, method="mse"), best)
+    assert torch.equal(largest_of_rows(rows, (-8, 7), method="mse"), best)
 
 
 def test_weights_span_all_unless_asked() -> None:
     rows = numbers("heavy", 600).reshape(6, 100)
-    assert torch.equal(largest_of_rows(rows, 127), rows.abs().amax(1))
+    assert torch.equal(largest_of_rows(rows, (-128, 127)), rows.abs().amax(1))

@@ -221,7 +221,7 @@ def test_seven_bits_are_kept_where_products_saturate(graph: Graph, images: Tenso
     for operator in settled.graph.operators:
         found = settled.ranges.get(f"{operator.name}.weight")
         if found is not None:
-            assert found.dtype == "int8"
+            assert found.stored == "int8"
             integers = found.integers(operator.constant())
             assert integers.max() == 63
             assert integers.min() >= -64

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nestling.models.graph import Graph, trace
-from nestling.quant import QuantPolicy, observe
-from nestling.quant.calibration import METHODS, Method
+from nestling.quant import PRECISIONS, QuantPolicy, observe
+from nestling.quant.calibration import METHODS, Method, WeightMethod
 from nestling.quant.observing import needed, ranges
 from nestling.quant.statistics import collect
 
@@ -93,6 +94,22 @@ def test_weights_fill_their_integers_channel_by_channel(graph: Graph, images: Te
                 assert torch.equal(
                     integers.flatten(1).abs().amax(1), torch.full((len(integers),), float(largest))
                 )
+
+
+@pytest.mark.parametrize("method", get_args(WeightMethod))
+@pytest.mark.parametrize("precision", [name for name, p in PRECISIONS.items() if p.activation is not None])
+def test_seven_bits_are_not_left_whatever_lies_outside(method: WeightMethod, precision: str) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 2, 20)
+    with torch.no_grad():
+        convolution.weight[0, 0, 0, :2] = torch.tensor([0.25, -0.25])  # others are below 0.03
+    graph = trace(nn.Sequential(convolution, nn.Flatten()).eval(), resolution=20)
+    policy = QuantPolicy((("", precision),))
+    ranges = observe(graph, policy, [torch.rand(4, 3, 20, 20)], weights=method, reduce_range=True)
+    integers = ranges["0/Conv.weight"].integers(convolution.weight.detach())
+    assert integers.min() >= -64
+    assert integers.max() <= 63
+    assert ranges["0/Conv.weight"].stored == "int8"
 
 
 def test_a_bias_has_the_scale_of_the_products_it_is_added_to(graph: Graph, images: Tensor) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 import onnxruntime
@@ -13,6 +14,7 @@ from nestling.export import to_onnx
 from nestling.models.graph import Graph, trace
 from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate
 from nestling.quant.adaround import round_by_gradients
+from nestling.quant.calibration import WeightMethod
 from nestling.quant.rounding import grid_of, round_by_moments
 
 ALL = QuantPolicy((("", "w8a8"),))
@@ -35,12 +37,7 @@ def small() -> Graph:
 
 @pytest.fixture(scope="module")
 def four_bits(small: Graph, images: Tensor) -> Mapping[str, Range]:
-    return {
-        name: Range(found.scale * 127 / 7, found.zero_point, found.dtype, found.axis)
-        if name.endswith((".weight", ".bias"))
-        else found
-        for name, found in observe(small, ALL, [images]).items()
-    }
+    return observe(small, QuantPolicy((("", "w4a8"),)), [images])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def assert_on_grid(graph: Graph, ranges: Mapping[str, Range], original: Graph, *
         found = ranges[f"{operator.name}.weight"]
         assert torch.equal(found.nearest(operator.weight), operator.weight)
         integers = found.integers(operator.weight)
-        assert integers.abs().max() <= most
+        assert -most - 1 <= integers.min() <= integers.max() <= most
         moved += int((integers != found.integers(old.constant())).sum())
         assert operator.bias is old.bias
     assert moved > 0
@@ -87,14 +84,14 @@ def test_rounding_by_moments_comes_near_the_best_of_all_roundings() -> None:
     graph = trace(network, resolution=2)
     weight = graph.operators[-1].constant()
     scale = weight.abs().amax(1) / 3
-    ranges = {"logits.weight": Range(scale, torch.zeros(8, dtype=torch.int32), "int8", 0)}
+    ranges = {"logits.weight": Range(scale, torch.zeros(8, dtype=torch.int32), "int3", 0)}
     moments = images.flatten(1).T @ images.flatten(1) / 256
 
     def errors(rounded: Tensor) -> Tensor:
         return (((rounded - weight) @ moments) * (rounded - weight)).sum(-1)
 
     ups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=12)))
-    all_of_them = ((weight / scale[:, None]).floor() + ups[:, None]).clamp(-3, 3) * scale[:, None]
+    all_of_them = ((weight / scale[:, None]).floor() + ups[:, None]).clamp(-4, 3) * scale[:, None]
     best = errors(all_of_them).amin(0)
     nearest = errors(ranges["logits.weight"].nearest(weight))
     found = errors(round_by_moments(graph, ranges, [images]).operators[-1].constant())
@@ -117,20 +114,27 @@ def test_the_file_computes_what_the_simulation_computes(
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_seven_bits_stay_seven_bits(uneven: Graph, images: Tensor) -> None:
-    ranges = observe(uneven, ALL, [images], reduce_range=True)
+@pytest.mark.parametrize("weights", get_args(WeightMethod))
+def test_seven_bits_stay_seven_bits(uneven: Graph, images: Tensor, weights: WeightMethod) -> None:
+    ranges = observe(uneven, ALL, [images], weights=weights, reduce_range=True)
     assert_on_grid(round_by_moments(uneven, ranges, [images]), ranges, uneven, most=63)
 
 
-def test_a_grid_ends_where_its_range_or_its_channels_own_integers_end() -> None:
+@pytest.mark.parametrize(("dtype", "low", "high"), [("int8", -128, 127), ("int7", -64, 63), ("int2", -2, 1)])
+def test_a_grid_ends_where_its_range_does(dtype: str, low: int, high: int) -> None:
     weight = torch.tensor([[0.9, -4.0, 2.0], [0.1, 0.2, 0.6]])
     zeros = torch.zeros(2, dtype=torch.int32)
-    grid = grid_of(Range(torch.tensor([0.5, 0.1]), zeros, "int8", 0), weight)
+    grid = grid_of(Range(torch.tensor([0.5, 0.1]), zeros, dtype, 0), weight)
     assert torch.allclose(grid.step, torch.tensor([[0.5], [0.1]]).expand(2, 3))
-    assert grid.low.expand(2, 3)[:, 0].tolist() == [-8, -6]
-    assert grid.high.expand(2, 3)[:, 0].tolist() == [8, 6]
-    shifted = grid_of(Range(torch.tensor(0.02), torch.tensor(100, dtype=torch.int32), "uint8", None), weight)
-    assert (int(shifted.low.max()), int(shifted.high.min())) == (-100, 100)
+    assert (grid.low == low).all()
+    assert (grid.high == high).all()
+
+
+def test_a_grid_is_counted_from_the_zero_point() -> None:
+    found = Range(torch.tensor(0.02), torch.tensor(100, dtype=torch.int32), "uint8", None)
+    grid = grid_of(found, torch.zeros(2, 3))
+    assert (grid.low == -100).all()
+    assert (grid.high == 155).all()
 
 
 def test_inputs_that_are_always_zero_leave_their_weights_to_the_nearest(images: Tensor) -> None:
@@ -154,8 +158,9 @@ def test_learned_rounding_goes_up_or_down_by_less_than_a_step(
     assert_on_grid(by_gradients, four_bits, small, most=7)
     for new, old in zip(by_gradients.operators, small.operators, strict=True):
         if new.weight is not None:
-            step = grid_of(four_bits[f"{new.name}.weight"], old.constant()).step
-            assert ((new.weight - old.constant()).abs() < 1.001 * step).all()
+            grid = grid_of(four_bits[f"{new.name}.weight"], old.constant())
+            within = old.constant().clamp(grid.low * grid.step, grid.high * grid.step)
+            assert ((new.weight - within).abs() < 1.001 * grid.step).all()
 
 
 def test_learned_rounding_errs_less_than_to_the_nearest_on_other_images(
