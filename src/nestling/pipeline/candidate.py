@@ -20,7 +20,7 @@ from nestling.pipeline.verifying import checked_images, verify_candidate
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file, write_officially
 from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, is_layer
 from nestling.search import EvaluationFailed
 from nestling.space import Arch
 from nestling.train.evaluate import Accuracy, recalibrate
@@ -256,11 +256,12 @@ def _not_packed(candidate: Candidate) -> int:
     stored, found = constant_bytes(candidate.path), 0
     for operator in () if candidate.graph is None else candidate.graph.operators:
         precision = candidate.policy.precision(operator.layer)
-        if operator.weight is None or operator.kind not in WEIGHT_AXES or precision.weight is None:
+        if precision.weight is None or not is_layer(operator):
             continue
         if precision.simulated:
-            channels = operator.weight.shape[WEIGHT_AXES[operator.kind]]
-            per_channel = operator.weight.numel() // channels
+            weight = operator.constant()
+            channels = weight.shape[WEIGHT_AXES[operator.kind]]
+            per_channel = weight.numel() // channels
             bits = precision.weight.size_bits(channels=channels, per_channel=per_channel)
             held = sum(stored.get(f"{operator.name}.weight{part}", 0) for part in _PARTS)
             found += held - math.ceil(bits / 8)

@@ -21,7 +21,7 @@ from nestling.pipeline.workbench import OFFERED, Workbench
 from nestling.profile import MeasurementStore
 from nestling.quant import PRECISIONS, Unquantizable, check_policy, covers
 from nestling.quant.layers import convolution_kind, kind_of
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import is_layer
 from nestling.space import SearchSpace, Value
 
 DRAWN_MIXES = 64
@@ -196,7 +196,7 @@ def _kept_kinds(graph: Graph, keep: Mapping[str, str]) -> dict[str, frozenset[st
     kinds: dict[str, set[str]] = {named: set() for named in keep}
     decided = {layer: named for named in keep for layer in kept_layers(graph, {named: keep[named]})}
     for operator in graph.operators:
-        if operator.layer in decided and operator.kind in WEIGHT_AXES and operator.weight is not None:
+        if operator.layer in decided and is_layer(operator):
             # a linear layer's, over rows of numbers
             kinds[decided[operator.layer]].add("Gemm" if operator.kind == "MatMul" else kind_of(operator))
     return {named: frozenset(found) for named, found in kinds.items()}

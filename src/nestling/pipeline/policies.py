@@ -9,7 +9,7 @@ from nestling.config import ConfigError
 from nestling.models.families import Family
 from nestling.models.graph import Graph
 from nestling.quant import PRECISIONS, QuantPolicy, covers, most_exact
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import is_layer
 from nestling.space import Value
 
 FIRST, LAST = "first", "last"
@@ -97,17 +97,15 @@ def end_layers(graph: Graph) -> dict[str, frozenset[str]]:
     first = set()
     for operator in graph.operators:
         before = any(fed[name] for name in operator.inputs)
-        weighted = operator.weight is not None and operator.kind in WEIGHT_AXES
-        if weighted and not before:
+        if is_layer(operator) and not before:
             first.add(operator.layer)
-        fed[operator.name] = before or weighted
+        fed[operator.name] = before or is_layer(operator)
     feeds: set[str] = set()  # tensors from which a layer with weights follows
     last = set()
     for operator in reversed(graph.operators):
-        weighted = operator.weight is not None and operator.kind in WEIGHT_AXES
-        if weighted and operator.name not in feeds:
+        if is_layer(operator) and operator.name not in feeds:
             last.add(operator.layer)
-        if weighted or operator.name in feeds:
+        if is_layer(operator) or operator.name in feeds:
             feeds.update(operator.inputs)
     return {FIRST: frozenset(first), LAST: frozenset(last)}
 
@@ -128,9 +126,7 @@ def kept_choices(
     Raises:
         ConfigError: `keep` names an unknown precision, or layers that there are not.
     """
-    weighted = list(
-        dict.fromkeys(o.layer for o in graph.operators if o.weight is not None and o.kind in WEIGHT_AXES)
-    )
+    weighted = list(dict.fromkeys(o.layer for o in graph.operators if is_layer(o)))
     for named, precision in keep.items():
         if precision not in PRECISIONS:
             raise ConfigError(f"quant.keep: {named!r} is {precision!r}; known: {', '.join(PRECISIONS)}")

@@ -82,8 +82,6 @@ def _constants(operator: Operator, ranges: Mapping[str, Range]) -> tuple[Range, 
     weight, bias = ranges.get(f"{operator.name}.weight"), ranges.get(f"{operator.name}.bias")
     if operator.kind not in WEIGHT_AXES or weight is None or weight.block is not None:
         return None
-    if operator.kind == "MatMul" and operator.constant().ndim != 2:
-        return None
     return (weight, bias) if (operator.bias is None) == (bias is None) else None
 
 

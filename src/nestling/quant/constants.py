@@ -14,7 +14,7 @@ from nestling.quant.formats import Format
 from nestling.quant.mixed import TYPES
 from nestling.quant.policy import Precision, QuantPolicy
 from nestling.quant.ranges import SMALLEST_SCALE, Range, in_blocks, rows
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, is_layer
 
 
 def constant_ranges(
@@ -40,10 +40,10 @@ def constant_ranges(
     ranges = {}
     for operator in graph.operators:
         precision = policy.precision(operator.layer)
-        if operator.weight is None or operator.kind not in WEIGHT_AXES:
+        if not is_layer(operator):
             continue
         found = stored_range(
-            operator.weight.cpu(),
+            operator.constant().cpu(),
             precision,
             axis=WEIGHT_AXES[operator.kind],
             weights=weights,
@@ -72,8 +72,7 @@ def stored_range(
 ) -> Range | None:
     """The range of a layer's weight in `precision`; None where it stays floats, or has codes of its own.
 
-    Of layers that compute on floats the weights are in groups, each of which spans its numbers; a stack of
-    matrices stays floats there, as no operator takes one in groups.
+    Of layers that compute on floats the weights are in groups, each of which spans its numbers.
 
     Args:
         weight: placed (`place`) where the precision has codes.
@@ -90,12 +89,7 @@ def stored_range(
         return None
     if precision.activation is not None:
         return weight_range(weight, format, axis=axis, weights=weights, reduce_range=reduce_range)
-    return None if is_stack(weight, axis=axis) else grouped_range(weight, format, axis=axis)
-
-
-def is_stack(weight: Tensor, *, axis: int) -> bool:
-    """Whether `weight`, its output channels along `axis`, is several matrices, each to be multiplied with."""
-    return axis == WEIGHT_AXES["MatMul"] and weight.ndim > 2
+    return grouped_range(weight, format, axis=axis)
 
 
 def stored_weight(

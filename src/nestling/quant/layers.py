@@ -9,7 +9,7 @@ from nestling.models.graph import Graph, Operator
 from nestling.quant.formats import Code, Format, Minifloat, Ternary
 from nestling.quant.gates import split_gates
 from nestling.quant.policy import Floats, Precision, QuantPolicy
-from nestling.quant.regions import WEIGHT_AXES, activation_formats, is_integer
+from nestling.quant.regions import activation_formats, is_integer, is_layer
 
 TERNARY_BITS = 1.6
 """Five of its numbers to a byte."""
@@ -49,7 +49,7 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
     integer = [operator for operator in split.operators if is_integer(operator, policy)]
     formats = activation_formats(split, integer, policy)
     for operator in graph.operators:
-        if operator.kind not in WEIGHT_AXES or operator.weight is None:
+        if not is_layer(operator):
             continue
         precision = policy.precision(operator.layer)
         weight_bits, activation_bits = bits(precision)
@@ -64,7 +64,7 @@ def layers(graph: Graph, policy: QuantPolicy) -> tuple[Layer, ...]:
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 macs=graph.macs(operator),
-                params=operator.weight.numel() + (0 if operator.bias is None else operator.bias.numel()),
+                params=operator.constant().numel() + (0 if operator.bias is None else operator.bias.numel()),
             )
         )
     return tuple(found)

@@ -23,7 +23,7 @@ from nestling.quant.formats import Code, Format
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.quantizing import Quantized
 from nestling.quant.ranges import Range
-from nestling.quant.regions import MOVING_KINDS, WEIGHT_AXES
+from nestling.quant.regions import MOVING_KINDS, WEIGHT_AXES, is_layer
 from nestling.quant.straight import instead, nearest, nearest_by_statistics, slope_of, statistical_scale
 
 Scales = Literal["learned", "statistical"]
@@ -253,8 +253,7 @@ class LearnedGraph(nn.Module):
 
     def _code(self, operator: Operator) -> Code | None:
         code = self._how.policy.precision(operator.layer).weight
-        weighted = operator.weight is not None and operator.kind in WEIGHT_AXES
-        return None if code is None or isinstance(code, Format) or not weighted else code
+        return None if code is None or isinstance(code, Format) or not is_layer(operator) else code
 
 
 def _learns(operator: Operator, constant: Tensor) -> bool:

@@ -15,13 +15,6 @@ LEAST_SAMPLES = 2048
 """Rows of a layer's input that its moments are made of, or four times as many as a row is long."""
 
 
-def is_product(operator: Operator) -> bool:
-    """Whether `operator` multiplies what it reads by one matrix for each group."""
-    if operator.weight is None:
-        return False
-    return operator.kind in ("Conv", "Gemm") or (operator.kind == "MatMul" and operator.weight.ndim == 2)
-
-
 def as_matrix(operator: Operator, weight: Tensor) -> Tensor:
     """`weight`, shaped as that of `operator`, as (groups, outputs of each, numbers that each reads)."""
     if operator.kind == "MatMul":
@@ -43,7 +36,7 @@ def rows_read(operator: Operator, tensors: tuple[Tensor, ...], *, seed: int) -> 
     the same sizes and `seed`: `LEAST_SAMPLES`, or four for each number read, where there are so many.
 
     Args:
-        operator: one for which `is_product` holds.
+        operator: a layer, see `nestling.quant.regions.is_layer`.
         tensors: batches that it reads.
         seed: chooses the samples.
     """

@@ -9,7 +9,7 @@ import torch
 from nestling.models.graph import Graph
 from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, is_layer
 
 
 @torch.no_grad()
@@ -22,15 +22,10 @@ def place(graph: Graph, policy: QuantPolicy) -> Graph:
     placed, changed = [], False
     for operator in graph.operators:
         code = policy.precision(operator.layer).weight
-        if (
-            code is None
-            or isinstance(code, Format)
-            or operator.weight is None
-            or operator.kind not in WEIGHT_AXES
-        ):
+        if code is None or isinstance(code, Format) or not is_layer(operator):
             placed.append(operator)
         else:
-            weight = code.nearest(operator.weight.detach(), axis=WEIGHT_AXES[operator.kind])
+            weight = code.nearest(operator.constant().detach(), axis=WEIGHT_AXES[operator.kind])
             placed.append(replace(operator, weight=weight))
             changed = True
     return replace(graph, operators=tuple(placed)) if changed else graph

@@ -22,7 +22,7 @@ from nestling.quant.observing import needed, ranges
 from nestling.quant.placing import place
 from nestling.quant.policy import QuantPolicy
 from nestling.quant.ranges import Range
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, is_layer
 from nestling.quant.rounding import round_by_moments
 from nestling.quant.statistics import Statistics, collect, statistics
 
@@ -155,8 +155,9 @@ def check_policy(graph: Graph, policy: QuantPolicy) -> None:
 
 def _stored(operator: Operator, policy: QuantPolicy) -> Tensor | None:
     """The weight of a weight-only layer as it is stored; None of other operators."""
-    precision, weight = policy.precision(operator.layer), operator.weight
-    if weight is None or operator.kind not in WEIGHT_AXES or precision.activation is not None:
+    precision = policy.precision(operator.layer)
+    if not is_layer(operator) or precision.activation is not None:
         return None
+    weight = operator.constant()
     found = stored_range(weight, precision, axis=WEIGHT_AXES[operator.kind])
     return None if found is None else found.nearest(weight)

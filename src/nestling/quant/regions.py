@@ -26,12 +26,23 @@ WEIGHT_AXES = {"Conv": 0, "Gemm": 0, "MatMul": 1}
 These are worth being integers by themselves; others are integers only where what they read is."""
 
 
+def is_layer(operator: Operator) -> bool:
+    """Whether `operator` is what precisions are for: a convolution, or a product with one matrix.
+
+    Products with a vector, or with several matrices at once, have no operator of few bits: their constants
+    stay floats.
+    """
+    if operator.weight is None or operator.kind not in WEIGHT_AXES:
+        return False
+    return operator.kind != "MatMul" or operator.weight.ndim == 2
+
+
 def is_integer(operator: Operator, policy: QuantPolicy) -> bool:
     """Whether the runtime computes `operator` on integers where `policy` asks for it."""
     if operator.kind not in _INTEGER_KINDS or policy.precision(operator.layer).activation is None:
         return False
     # A sum or product with a constant stays in float: the runtime has no integer kernel that gains from it.
-    return operator.weight is None or operator.kind in WEIGHT_AXES
+    return operator.weight is None or is_layer(operator)
 
 
 def activation_formats(graph: Graph, integer: list[Operator], policy: QuantPolicy) -> dict[str, Format]:

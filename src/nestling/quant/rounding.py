@@ -12,7 +12,6 @@ from nestling.models.graph import Graph, Operator
 from nestling.quant.moments import (
     as_matrix,
     from_matrix,
-    is_product,
     output_errors,
     rows_read,
     second_moments,
@@ -77,8 +76,6 @@ def round_by_moments(
 
     def on_grid(operator: Operator, reading: Reading) -> Operator:
         found = ranges[f"{operator.name}.weight"]
-        if not is_product(operator):
-            return replace(operator, weight=found.nearest(operator.constant()))
         weight = operator.constant()
         grid = grid_of(found, weight)
         read = rows_read(operator, reading.rounded, seed=seed)

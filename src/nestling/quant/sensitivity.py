@@ -28,7 +28,14 @@ from nestling.quant.gates import EVERYWHERE, split_gates
 from nestling.quant.mixed import TYPES
 from nestling.quant.policy import PRECISIONS, Floats, Precision, QuantPolicy
 from nestling.quant.ranges import Range, activation_range
-from nestling.quant.regions import MOVING_KINDS, WEIGHT_AXES, activation_formats, is_integer, sources_of
+from nestling.quant.regions import (
+    MOVING_KINDS,
+    WEIGHT_AXES,
+    activation_formats,
+    is_integer,
+    is_layer,
+    sources_of,
+)
 from nestling.quant.sharing import shared_groups, with_shared_bounds
 from nestling.quant.statistics import Bounds, collect
 
@@ -77,7 +84,7 @@ class Sensitivity:
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Layer with weights -> precision -> the `divergence` where it alone is quantized, in order."""
-        layers = dict.fromkeys(operator.layer for operator in self.graph.operators if _weighted(operator))
+        layers = dict.fromkeys(operator.layer for operator in self.graph.operators if is_layer(operator))
         return {
             layer: {name: self.divergence(QuantPolicy(((layer, name),))) for name in self.precisions}
             for layer in layers
@@ -182,8 +189,10 @@ def _key(part: Part) -> str:
     return f"{name} to {to.name if isinstance(to, Precision) else to}"
 
 
-def _weighted(operator: Operator) -> bool:
-    return operator.kind in WEIGHT_AXES and operator.weight is not None
+def _is_rounded(operator: Operator, precision: Precision) -> bool:
+    """Whether `precision` rounds the weight of `operator`: a layer's; in 16 bits that of any product."""
+    multiplies = operator.kind in WEIGHT_AXES and operator.weight is not None
+    return is_layer(operator) if precision.floats == "float32" else multiplies
 
 
 def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
@@ -197,7 +206,7 @@ def _parts(graph: Graph, policy: QuantPolicy) -> Iterable[Part]:
     carried: set[Part] = set()
     for operator in graph.operators:
         precision = policy.precision(operator.layer)
-        if _weighted(operator) and precision.name != "fp32":
+        if precision.name != "fp32" and _is_rounded(operator, precision):
             found[f"{operator.name}.weight", precision] = None
         if precision.floats != "float32":
             if operator.kind in _NEVER_ROUNDING:

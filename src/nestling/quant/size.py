@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from nestling.models.graph import Graph, Operator
-from nestling.quant.constants import is_stack
 from nestling.quant.formats import Format
 from nestling.quant.policy import QuantPolicy
-from nestling.quant.regions import WEIGHT_AXES
+from nestling.quant.regions import WEIGHT_AXES, is_layer
 
 
 def weight_bits(graph: Graph, policy: QuantPolicy) -> int:
@@ -26,12 +25,9 @@ def weight_bits(graph: Graph, policy: QuantPolicy) -> int:
             total += operator.bias.numel() * width
         if operator.weight is None:
             continue
-        code = precision.weight if operator.kind in WEIGHT_AXES else None
+        code = precision.weight if is_layer(operator) else None
         if isinstance(code, Format) and code.group is not None and operator.kind != "Conv":
-            if is_stack(operator.weight, axis=WEIGHT_AXES[operator.kind]):  # which stays floats
-                total += operator.weight.numel() * width
-            else:
-                total += code.filled_bits(**_shape(operator))
+            total += code.filled_bits(**_shape(operator))
         elif code is not None:
             total += code.size_bits(**_shape(operator))
         else:
