@@ -23,17 +23,20 @@ def steps(graph: Graph, policy: QuantPolicy) -> tuple[Step, ...]:
         written[operator.name] = computes_in
         read = sum(math.prod(graph.shapes[name]) for name in operator.inputs)
         foreign = (name for name in operator.inputs if written[name] != computes_in)
+        converted = 4 * sum(math.prod(graph.shapes[name]) for name in foreign)
+        signature = _signature([operator], graph, policy)
         numbers = 0 if operator.weight is None else operator.weight.numel()
         biases = 0 if operator.bias is None else operator.bias.numel()
         found.append(
             Step(
                 kind=_kind(operator),
-                signature=_signature([operator], graph, policy),
+                # a block's has no such part: the lookup table's are measured reading floats
+                signature=f"{signature} converts {converted}" if converted else signature,
                 precision=precision.name,
                 macs=float(graph.macs(operator)),
                 activation_bytes=(read + math.prod(graph.shapes[operator.name])) * activation_bits / 8,
                 weight_bytes=numbers * weight_bits / 8 + 4 * biases,
-                converted_bytes=4.0 * sum(math.prod(graph.shapes[name]) for name in foreign),
+                converted_bytes=float(converted),
             )
         )
     return tuple(found)

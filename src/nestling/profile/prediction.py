@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ class Step:
 
     Attributes:
         kind: the operator with its kernel, such as `depthwise Conv 3x3`.
-        signature: what makes it the same work as another one: kind, shapes, precision.
+        signature: what makes it the same work as another one: kind, shapes, precision, what is converted.
         precision: of its layer, such as `w8a8`.
         macs: multiply-accumulates of one image.
         activation_bytes: read and written.
@@ -79,9 +79,12 @@ def describe(steps: Sequence[Step]) -> Description:
     """What a model knows of a network of these operators.
 
     Multiply-accumulates are summed by kind, kernel and precision; operators and bytes by precision alone.
+
+    Raises:
+        ValueError: operators that differ, and have one signature.
     """
     sums: defaultdict[str, float] = defaultdict(float)
-    operators = {step.signature: _amounts(step) for step in steps}
+    operators = _each_once((step.signature, _amounts(step)) for step in steps)
     counts = Counter(step.signature for step in steps)
     for signature, count in counts.items():
         for name, amount in operators[signature].items():
@@ -98,6 +101,18 @@ def _amounts(step: Step) -> dict[str, float]:
         "converted bytes": step.converted_bytes,
     }
     return {name: amount for name, amount in amounts.items() if amount}
+
+
+def _each_once(told: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, Mapping[str, float]]:
+    """Signature -> what an operator of it adds to the sums, from such pairs."""
+    found: dict[str, Mapping[str, float]] = {}
+    for signature, amounts in told:
+        if found.setdefault(signature, amounts) != amounts:
+            raise ValueError(
+                f"{signature!r} is the signature of operators that differ: {dict(found[signature])} and "
+                f"{dict(amounts)}"
+            )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +197,8 @@ def fit(
         noises: the standard error of each, as a part of it; None where it is not known.
 
     Raises:
-        ValueError: too few networks, not as many latencies or noises, a latency that is not above zero, or a
-            noise below it.
+        ValueError: too few networks, not as many latencies or noises, a latency that is not above zero, a
+            noise below it, or operators that differ, and have one signature.
     """
     measured = np.array(latencies, dtype=np.float64)
     if len(described) != len(measured):
@@ -194,7 +209,7 @@ def fit(
         raise ValueError(f"a latency must be above zero, not {measured.min():g}")
     trust = _trust([None] * len(measured) if noises is None else noises, len(measured))
     names = tuple(sorted({name for one in described for name in one.sums}))
-    operators = {signature: amounts for one in described for signature, amounts in one.operators.items()}
+    operators = _each_once(pair for one in described for pair in one.operators.items())
     signatures = tuple(sorted(operators))
     sums = _table([one.sums for one in described], names)
     scales = sums.max(axis=0)
@@ -231,15 +246,16 @@ def predict(model: LatencyModel, described: Sequence[Description]) -> Floats:
     """The latencies (N,) of the networks `described`, in the unit that the model was fitted in.
 
     Raises:
-        ValueError: a network with a kind of operator, or a precision, that none of those measured had.
+        ValueError: a network with a kind of operator, or a precision, that none of those measured had; or
+            operators that differ, and have one signature.
     """
+    operators = _each_once(pair for one in described for pair in one.operators.items())
     for one in described:
         unknown = sorted(set(one.sums) - set(model.names))
         if unknown:
             raise ValueError(
                 f"no network that the latency model knows has {unknown[0]!r}; measure some that have"
             )
-    operators = {signature: amounts for one in described for signature, amounts in one.operators.items()}
     own_sums = _table(list(operators.values()), model.names)
     counts = _table([one.counts for one in described], list(operators))
     sums = _table([one.sums for one in described], model.names) / np.array(model.scales)

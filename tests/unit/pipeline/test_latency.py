@@ -12,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from nestling.config import ConfigError, load_config
 from nestling.models.building import build_shapes
 from nestling.models.cost import cost
 from nestling.models.families import Family, family
+from nestling.models.graph import trace
 from nestling.models.graph_blocks import blocks
 from nestling.pipeline import latency
 from nestling.pipeline.latency import (
@@ -34,7 +36,7 @@ from nestling.pipeline.steps import block_signature, steps
 from nestling.pipeline.untrained import measure_blocks, measure_network, shapes_graph, untrained_graph
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice, connect
-from nestling.profile.prediction import Description
+from nestling.profile.prediction import Description, describe
 from nestling.quant import QuantPolicy, Unquantizable, check_policy
 from nestling.run import Run, RunError
 from nestling.search import EvaluationFailed
@@ -165,7 +167,7 @@ def learn(
 def test_what_is_learnt_predicts_archs_that_were_not_measured(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    found = learn(monkeypatch, folder, Measuring())
+    found = learn(monkeypatch, folder, Measuring(), networks=24)
     told = found["held_out"]
     assert told["model"]["tau"] > 0.9
     assert told["model"]["tau"] > told["macs"]["tau"]
@@ -440,6 +442,18 @@ def test_integers_are_a_quarter_of_the_bytes_and_are_converted_once(space: Searc
         assert other.signature != one.signature
     assert [step.converted_bytes for step in integers] == [4.0 * 3 * 8 * 8, *[0.0] * (len(integers) - 1)]
     assert not any(step.converted_bytes for step in floats)
+
+
+def test_like_operators_of_which_some_read_another_type_are_told_apart() -> None:
+    alike = (nn.Conv2d(3, 3, 1) for _ in range(4))
+    graph = trace(nn.Sequential(*alike, nn.Flatten()).eval(), resolution=4)
+    told = steps(graph, QuantPolicy((("1", "w8a8"), ("2", "w8a8"))))
+    assert [step.converted_bytes > 0 for step in told] == [False, True, False, True, False]
+    assert len({step.signature for step in told[:4]}) == 4
+    converted = sum(step.converted_bytes for step in told)
+    assert describe(told).sums["converted bytes"] == converted == 2 * 4 * 3 * 4 * 4
+    floats = steps(graph, QuantPolicy())
+    assert len({step.signature for step in floats[:4]} | {told[0].signature}) == 1
 
 
 def test_signatures_are_those_of_the_file_s_graph_and_tell_precisions_apart(space: SearchSpace) -> None:

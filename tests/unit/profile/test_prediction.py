@@ -50,6 +50,20 @@ def test_sums_are_by_kind_and_precision_and_signatures_are_counted() -> None:
     assert told.sums["converted bytes"] == 8.0
 
 
+def test_unlike_operators_of_one_signature_are_refused(networks: list[list[Step]]) -> None:
+    step = Step("Conv 1x1", "a", "w8a8", macs=10.0, activation_bytes=4.0, weight_bytes=2.0)
+    other = replace(step, converted_bytes=8.0)
+    with pytest.raises(ValueError, match="'a' is the signature of operators that differ"):
+        describe([step, other])
+    described = [describe(network) for network in networks]
+    model = fit(described, [seconds(network) for network in networks])
+    few = [describe([step]), describe([other])]
+    with pytest.raises(ValueError, match="'a' is the signature of operators that differ"):
+        fit([*described, *few], [1.0] * (len(networks) + 2))
+    with pytest.raises(ValueError, match="differ"):
+        predict(model, few)
+
+
 def test_networks_that_were_left_out_are_predicted_better_than_by_macs(networks: list[list[Step]]) -> None:
     described = [describe(network) for network in networks]
     times = [seconds(network) for network in networks]
