@@ -8,7 +8,6 @@ error. What was computed is kept in the run's folder, so that one process comput
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,19 +241,17 @@ def _latency_prior(bench: Workbench, asked: Problem, listener: Listener) -> dict
     predictor = load_predictor(bench)
     if predictor is None:
         return {}
-    told = bench.run.read_json(MODEL)
-    tau = float(told["held_out"]["model"]["tau"])
     where = bench.run.folder / MODEL
     if predictor.device != bench.device.fingerprint.key:
-        listener.note(f"{where} is not used: it is of another device or runtime ({told['told']})")
+        listener.note(f"{where} is not used: it is of another device or runtime ({predictor.told})")
         return {}
-    if not tau >= GOOD_TAU:
+    if not predictor.tau >= GOOD_TAU:
         listener.note(
-            f"{where} is not used: its Kendall tau on networks that were left out is {tau:.2f}, and must be "
-            f"{GOOD_TAU} or more; `nestling latency --measure {2 * int(told['networks'])}` may help"
+            f"{where} is not used: its Kendall tau on networks that were left out is {predictor.tau:.2f}, "
+            f"and must be {GOOD_TAU} or more; `nestling latency --measure {2 * predictor.networks}` may help"
         )
         return {}
-    digest = hashlib.sha256(json.dumps(told["model"]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(predictor.model.to_json().encode()).hexdigest()[:16]
     # ratios are kept: what they are in milliseconds a search may find anew
     ratios = partial(predict_latency, replace(predictor, reference_ms=1.0))
     kept = _Kept(bench, f"latency_ratio by {digest}", ratios)
@@ -264,8 +261,8 @@ def _latency_prior(bench: Workbench, asked: Problem, listener: Listener) -> dict
         listener.note(f"{where} is not used: {error}")
         return {}
     listener.note(
-        f"{where} helps to learn latencies: Kendall tau {tau:.2f} on networks that were left out of "
-        f"{told['networks']}"
+        f"{where} helps to learn latencies: Kendall tau {predictor.tau:.2f} on networks that were left "
+        f"out of {predictor.networks}"
     )
     limit = next((limit for limit in asked.limits if limit.metric == "latency_ms"), None)
     unit = predictor.reference_ms

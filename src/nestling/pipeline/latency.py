@@ -57,6 +57,9 @@ class LatencyPredictor:
         family: of the networks.
         keep: as `[quant] keep` has it.
         device: the key of the device's fingerprint.
+        told: that device in words.
+        networks: how many the model was learnt from.
+        tau: Kendall's, of the order in which it put networks that were left out; nan where that is none.
     """
 
     model: LatencyModel
@@ -64,6 +67,9 @@ class LatencyPredictor:
     family: Family
     keep: Mapping[str, str]
     device: str
+    told: str
+    networks: int
+    tau: float
 
 
 def predict_latency(predictor: LatencyPredictor, arch: Arch) -> float:
@@ -117,7 +123,10 @@ def load_predictor(bench: Workbench) -> LatencyPredictor | None:
             _reference_ms(bench, told),
             bench.family,
             bench.config.quant.keep,
-            str(told["device"]),
+            _word(told["device"]),
+            _word(told["told"]),
+            int(told["networks"]),
+            float(told["held_out"]["model"]["tau"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(bench, MODEL, error) from None
@@ -366,6 +375,12 @@ def _learn(bench: Workbench, known: Mapping[str, Any], *, with_blocks: bool) -> 
     }
     bench.run.write_json(MODEL, told)
     return told
+
+
+def _word(part: object) -> str:
+    if not isinstance(part, str):
+        raise TypeError(f"{part!r} is no text")
+    return part
 
 
 def _damaged(bench: Workbench, name: str, why: object) -> RunError:

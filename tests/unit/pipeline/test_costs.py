@@ -20,6 +20,7 @@ from nestling.pipeline.latency import LatencyPredictor
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint
+from nestling.profile.prediction import LatencyModel
 from nestling.quant import Unquantizable
 from nestling.run import Run
 from nestling.search import InfeasibleLimit, Problem
@@ -225,8 +226,11 @@ def test_sizes_that_are_computed_are_those_of_candidates(
     assert file_costs(bench, arch) == candidate.cost_metrics(found)
 
 
+NO_MODEL = LatencyModel((), (), (), 1.0, 1.0, (), (), (), 0.0, 0.0, 1.0, (), (), 1.0)
+
+
 def latency_model(folder: Path, *, tau: float, device: str = HERE.key, reference_ms: float = 1.0) -> None:
-    content = {"device": device, "told": "another", "networks": 24, "model": {}, "reference_ms": reference_ms}
+    content = {"device": device, "told": "another", "networks": 24, "reference_ms": reference_ms}
     content["held_out"] = {"model": {"tau": tau}}
     (folder / "latency_model.json").write_text(json.dumps(content))
 
@@ -235,8 +239,9 @@ def latency_model(folder: Path, *, tau: float, device: str = HERE.key, reference
 def predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(bench: Workbench) -> Any:
         told: Any = bench.run.read_json("latency_model.json")
-        model: Any = None
-        return LatencyPredictor(model, told["reference_ms"], bench.family, {}, told["device"])
+        tau, networks = told["held_out"]["model"]["tau"], told["networks"]
+        reference_ms, device = told["reference_ms"], told["device"]
+        return LatencyPredictor(NO_MODEL, reference_ms, bench.family, {}, device, told["told"], networks, tau)
 
     def predict(predictor: LatencyPredictor, arch: Arch) -> float:
         return predictor.reference_ms * toy_macs(None, arch) / 1e3

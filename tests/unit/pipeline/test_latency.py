@@ -418,11 +418,39 @@ def test_too_few_networks_are_refused(folder: Path) -> None:
         learn_latency(open_run(folder), networks=5, listener=Silent())
 
 
-@pytest.mark.parametrize("content", ["{}", '{"model": {}, "reference_ms": 1, "device": "a"}'])
-def test_a_damaged_model_is_named(folder: Path, content: str) -> None:
-    (folder / "latency_model.json").write_text(content)
-    with pytest.raises(RunError, match=r"latency_model\.json is damaged"):
-        load_predictor(open_run(folder))
+@pytest.fixture(scope="module")
+def learnt(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `latency_model.json` holds."""
+    folder = tmp_path_factory.mktemp("learnt") / "toy"
+    shutil.copytree(begun, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "measure_network", Measuring())
+        patch.setattr(latency, "description", lambda _, arch, keep: described(arch) if not keep else None)
+        patch.setattr(latency, "spread", lambda _, count: drawn(count))
+        learn_latency(bench_on(folder, HERE), networks=18, listener=Silent())
+    return dict(json.loads((folder / latency.MODEL).read_text()))
+
+
+@pytest.mark.parametrize("lost", ["model", "reference_ms", "device", "told", "networks", "held_out"])
+def test_a_damaged_model_is_named(folder: Path, learnt: dict[str, Any], lost: str) -> None:
+    file = folder / latency.MODEL
+    file.write_text(json.dumps(learnt))
+    assert load_predictor(open_run(folder)) is not None
+    for damaged in (
+        {name: part for name, part in learnt.items() if name != lost},
+        {**learnt, lost: []},
+    ):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(RunError, match=r"latency_model\.json is damaged"):
+            load_predictor(open_run(folder))
+
+
+def test_a_model_is_loaded_with_how_good_it_is(folder: Path, learnt: dict[str, Any]) -> None:
+    (folder / latency.MODEL).write_text(json.dumps(learnt))
+    found = load_predictor(open_run(folder))
+    assert found is not None
+    assert found.tau == learnt["held_out"]["model"]["tau"]
+    assert (found.networks, found.told) == (learnt["networks"], str(HERE))
 
 
 def test_multiply_accumulates_of_the_steps_are_those_of_the_network(space: SearchSpace) -> None:
