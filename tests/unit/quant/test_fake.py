@@ -46,7 +46,8 @@ def test_a_convolution_is_simulated_as_integers_compute_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "precision", ["w8a8", "w8a8-signed", "w8a8-tensor", "w8a8-signed-tensor", "w4a8", "w4a4", "w3a3", "ternary"]
+    "precision",
+    ["w8a8", "w8a8-signed", "w8a8-tensor", "w8a8-signed-tensor", "w4a8", "w4a4", "w3a3", "ternary"],
 )
 def test_a_network_is_simulated_to_the_last_bit(
     graph: Graph, images: Tensor, precision: str, compute_file: Compute

@@ -158,5 +158,6 @@ def test_a_policy_tells_what_no_runtime_computes(
 
 def test_the_precisions_that_run_are_these() -> None:
     assert {name for name, precision in PRECISIONS.items() if not precision.simulated} == {
-        "fp32", "fp16", "bf16", "w8a8", "w8a8-signed", "w8a8-tensor", "w8a8-signed-tensor", "w8", "w4", "w4-g64", "w4-g128",
+        "fp32", "fp16", "bf16", "w8a8", "w8a8-signed", "w8a8-tensor", "w8a8-signed-tensor", "w8", "w4",
+        "w4-g64", "w4-g128",
     }  # fmt: skip
