@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,18 +164,21 @@ class _Kept:
 
 
 def _computed(bench: Workbench) -> dict[str, Ask]:
+    @cache  # size and peak are asked of the same archs, and each of these is written for it
+    def of_file(arch: Arch) -> dict[str, float] | None:
+        try:
+            return file_costs(bench, arch)
+        except Unquantizable:  # such as signed beside unsigned activations: one candidate of many that fails
+            return None
+
+    def asked(metric: str) -> Ask:
+        return lambda arch: None if (found := of_file(arch)) is None else found[metric]
+
     return {
         "mmacs": lambda arch: bench.macs(arch) / 1e6,
-        "size_mb": lambda arch: _of_file(bench, arch, "size_mb"),
-        "peak_mb": lambda arch: _of_file(bench, arch, "peak_mb"),
+        "size_mb": asked("size_mb"),
+        "peak_mb": asked("peak_mb"),
     }
-
-
-def _of_file(bench: Workbench, arch: Arch, metric: str) -> float | None:
-    try:
-        return file_costs(bench, arch)[metric]
-    except Unquantizable:  # such as signed beside unsigned activations: a candidate that fails, one of many
-        return None
 
 
 def file_costs(bench: Workbench, arch: Arch) -> dict[str, float]:

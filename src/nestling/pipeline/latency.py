@@ -6,6 +6,7 @@ a report shows was measured itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random

@@ -199,6 +199,22 @@ def test_the_costs_of_a_mix_that_cannot_be_had_are_none(folder: Path) -> None:
     assert computed["peak_mb"](mixed) is None
 
 
+def test_no_network_is_written_twice_for_its_size_and_its_peak(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Arch] = []
+
+    def costs_of_file(_: Any, arch: Arch) -> dict[str, float]:
+        written.append(arch)
+        return {"size_mb": 0.01 * arch.integer("s1.width"), "peak_mb": 0.001 * arch.integer("resolution")}
+
+    monkeypatch.setattr(costs, "file_costs", costs_of_file)
+    monkeypatch.setattr(Workbench, "macs", toy_macs)
+    bench = opened(folder, objectives=("top1", "size_mb"), limits={"peak_mb": 1.0})
+    assert {"size_mb", "peak_mb"} <= known_costs(bench, listener=Silent()).exact.keys()
+    assert len(written) == len(set(written)) >= 40
+
+
 def test_a_cost_that_cannot_be_told_from_some_is_learnt(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

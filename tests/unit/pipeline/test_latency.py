@@ -453,6 +453,17 @@ def test_a_model_is_loaded_with_how_good_it_is(folder: Path, learnt: dict[str, A
     assert (found.networks, found.told) == (learnt["networks"], str(HERE))
 
 
+@pytest.mark.parametrize("lacking", ["held_out", "networks", "told"])
+def test_a_model_that_lacks_a_part_is_named(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, lacking: str
+) -> None:
+    told = learn(monkeypatch, folder, Measuring())
+    del told[lacking]
+    (folder / "latency_model.json").write_text(json.dumps(told))
+    with pytest.raises(RunError, match=rf"latency_model\.json is damaged \('{lacking}'\); remove it"):
+        load_predictor(bench_on(folder, HERE))
+
+
 def test_multiply_accumulates_of_the_steps_are_those_of_the_network(space: SearchSpace) -> None:
     for arch in (space.smallest, space.largest):
         found = family(space.family)
