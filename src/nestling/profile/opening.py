@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nestling.profile.address import POOL, Address, parse_addresses
 from nestling.profile.devices import Device, check_limits, connect, transport_to
@@ -53,30 +54,33 @@ def open_device(
         )
     check_limits(address, seconds=seconds, tolerance=tolerance, timeout_seconds=timeout_seconds)
     members = (parsed,) if isinstance(parsed, Address) else parsed.members
-    folder = tempfile.TemporaryDirectory(prefix="nestling-pool.")
     quiet = QuietTimes() if quiet is None else quiet
-    pool = DevicePool(
-        [
-            WorkerDevice(
-                member,
-                transport=transport_to(member),
-                seconds=seconds,
-                tolerance=tolerance,
-                timeout_seconds=timeout_seconds,
-                quiet=quiet,
-                start_pauses=START_PAUSES if len(members) == 1 else (),  # several are tried one after another
-            )
-            for member in members
-        ],
-        name=parsed.name,
-        device=parsed.name if isinstance(parsed, Address) else POOL + parsed.device,
-        queue=LeaseQueue(Path(folder.name) / "leases.db" if leases is None else leases),
-        store=store,
-        on_close=folder.cleanup,
-    )
-    try:
+    with ExitStack() as undone:
+        held = ExitStack()
+        undone.callback(held.close)
+        if leases is None:
+            leases = Path(held.enter_context(TemporaryDirectory(prefix="nestling-pool."))) / "leases.db"
+        pool = DevicePool(
+            [
+                WorkerDevice(
+                    member,
+                    transport=transport_to(member),
+                    seconds=seconds,
+                    tolerance=tolerance,
+                    timeout_seconds=timeout_seconds,
+                    quiet=quiet,
+                    # several are tried one after another
+                    start_pauses=START_PAUSES if len(members) == 1 else (),
+                )
+                for member in members
+            ],
+            name=parsed.name,
+            device=parsed.name if isinstance(parsed, Address) else POOL + parsed.device,
+            queue=LeaseQueue(leases),
+            store=store,
+            on_close=held.close,
+        )
+        undone.callback(pool.close)
         pool.start()
-    except BaseException:
-        pool.close()
-        raise
+        undone.pop_all()
     return pool

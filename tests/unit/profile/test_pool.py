@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,10 +20,12 @@ from nestling.profile import (
     DevicesGoneError,
     LineLostError,
     MeasurementStore,
+    StoreError,
     WorkerDevice,
     WorkerLostError,
     compare_files,
     open_device,
+    opening,
     profile_file,
 )
 from nestling.profile.address import SshPlace
@@ -725,6 +728,34 @@ def test_a_file_is_profiled_on_a_pool(make: Made, tmp_path: Path) -> None:
         assert told.measurement.ratio == 3
         assert told.inputs[0].shape == (1, 3, 8, 8)
         assert told.joules == {"board": 1.5}
+
+
+def test_a_pool_that_cannot_be_opened_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for leases in (None, tmp_path / "missing" / "leases.db"):
+        with monkeypatch.context() as patched:
+            if leases is None:
+                patched.setattr(opening, "LeaseQueue", _full)
+            with pytest.raises(StoreError) as caught:
+                open_device("pool:ort:cpu", leases=leases, quiet=QuietTimes(tmp_path / "q.db"))
+        assert list(tmp_path.glob("nestling-pool*")) == [], caught
+
+
+def _full(path: Path) -> LeaseQueue:
+    raise StoreError(f"lease queue {path}: the disk is full")
+
+
+def test_a_pool_makes_a_folder_only_for_leases_that_nobody_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(opening, "transport_to", lambda _: FakeBoard())
+    for leases, count in ((tmp_path / "leases.db", 0), (None, 1)):
+        with open_device("pool:ort:cpu", seconds=1.5, leases=leases, quiet=QuietTimes(tmp_path / "q.db")):
+            assert len(list(tmp_path.glob("nestling-pool*"))) == count
+        assert list(tmp_path.glob("nestling-pool*")) == []
 
 
 def test_open_device_opens_what_an_address_names(tiny: Path, tmp_path: Path) -> None:
