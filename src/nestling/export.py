@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from nestling.file_keys import file_key
 from nestling.models.graph import Graph, Operator
 from nestling.run import write_atomically
 
@@ -118,11 +118,6 @@ def with_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.M
     del copy.metadata_props[:]
     helper.set_model_props(copy, merged)
     return copy
-
-
-def file_key(path: Path) -> str:
-    """The SHA-256 of the file at `path`, in hexadecimal: what its measurements are kept under."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def constant_bytes(path: Path) -> dict[str, int]:

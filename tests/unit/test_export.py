@@ -18,7 +18,6 @@ from nestling.export import (
     ExportMismatch,
     check_logits,
     export_weights,
-    file_key,
     load_onnx,
     official_export,
     save_onnx,
@@ -26,6 +25,7 @@ from nestling.export import (
     verify,
     with_metadata,
 )
+from nestling.file_keys import file_key
 from nestling.models.graph import trace
 from nestling.models.operators import COMPUTE
 

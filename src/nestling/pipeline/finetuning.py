@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nestling.config import ConfigError, TrainConfig
-from nestling.export import file_key, load_onnx, save_onnx, with_metadata
+from nestling.export import load_onnx, save_onnx, with_metadata
+from nestling.file_keys import file_key
 from nestling.pipeline.alone import new_weights, recipe_alone, train_network
 from nestling.pipeline.candidate import write_candidate
 from nestling.pipeline.listening import Listener

@@ -8,14 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from nestling.export import (
-    export_weights,
-    file_key,
-    load_onnx,
-    save_onnx,
-    to_onnx,
-    with_metadata,
-)
+from nestling.export import export_weights, load_onnx, save_onnx, to_onnx, with_metadata
+from nestling.file_keys import file_key
 from nestling.pipeline.candidate import Candidate, file_metadata, write_candidate
 from nestling.pipeline.islands import float_islands
 from nestling.pipeline.measuring import measure, score

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nestling.export import file_key
+from nestling.file_keys import file_key
 from nestling.run import RunError, write_atomically
 
 TEACHERS = "teachers.json"

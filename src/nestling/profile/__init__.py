@@ -1,5 +1,6 @@
 """Latency that is true: a file timed in a worker process, interleaved with the device's reference model."""
 
+from nestling.file_keys import file_key
 from nestling.profile.address import Address, parse_address
 from nestling.profile.comparison import Comparison, compare_files
 from nestling.profile.devices import Device, connect
@@ -11,7 +12,7 @@ from nestling.profile.on_each import compare_on_each, profile_on_each
 from nestling.profile.opening import open_device
 from nestling.profile.pool import DevicePool
 from nestling.profile.prediction import Step
-from nestling.profile.store import MeasurementStore, StoreError, file_key
+from nestling.profile.store import MeasurementStore, StoreError
 from nestling.profile.transport import DeviceError, DevicesGoneError, LineLostError, WorkerLostError
 from nestling.profile.worker_device import WorkerDevice
 

@@ -13,11 +13,12 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nestling.file_keys import file_key
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.leases import Job, LeaseQueue
 from nestling.profile.measurement import Fingerprint, Measurement
 from nestling.profile.roster import PATIENCE_SECONDS, SPREAD, Roster, TryLost
-from nestling.profile.store import MeasurementStore, file_key
+from nestling.profile.store import MeasurementStore
 from nestling.profile.transport import DeviceError, WorkerLostError
 from nestling.profile.turns import turn
 from nestling.profile.worker import SLOWED

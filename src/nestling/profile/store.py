@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,16 +97,6 @@ def _has(connection: sqlite3.Connection, table: str) -> bool:
     """Whether the file has `table`: who only reads makes none, as that may not be allowed."""
     asked = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
     return connection.execute(asked, (table,)).fetchone() is not None
-
-
-def file_key(path: Path) -> str:
-    """The SHA-256 of the file's content, in hexadecimal.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class MeasurementStore:

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from nestling.file_keys import content_key
 from nestling.profile.address import Address
 from nestling.profile.kernels import Kernel, MadeUp, OptimizedOp
 from nestling.profile.measurement import Conditions, Elsewhere, Fingerprint, Measurement
@@ -144,7 +145,7 @@ class WorkerDevice:
             DeviceError: no such file; the runtime refuses it; the worker crashed or took too long.
         """
         model = self._read(path)
-        key = hashlib.sha256(model).hexdigest()
+        key = content_key(model)
         with self._alone:
             known = self._stored(key)
             if known is not None and not known.unstable:
@@ -167,7 +168,7 @@ class WorkerDevice:
         Raises:
             DeviceError: no such file.
         """
-        known = self._stored(hashlib.sha256(self._read(path)).hexdigest())
+        known = self._stored(content_key(self._read(path)))
         return known is not None and known.unstable
 
     def predict(
@@ -269,7 +270,7 @@ class WorkerDevice:
                 measurement = self._time(path, model, reference=BESIDE, seconds=seconds)
             finally:
                 self._drop(models=[BESIDE])
-        key = hashlib.sha256(beside).hexdigest()[:12]
+        key = content_key(beside)[:12]
         return replace(measurement, fingerprint=replace(measurement.fingerprint, reference=key))
 
     def calibrate(self, *, seconds: float) -> Measurement:
@@ -368,7 +369,7 @@ class WorkerDevice:
             cores=said["cores"],
             platform=said["platform"],
             runtime=said["runtime"],
-            reference=hashlib.sha256(reference).hexdigest()[:12],
+            reference=content_key(reference)[:12],
             int8_saturates=said["int8_saturates"],
         )
 

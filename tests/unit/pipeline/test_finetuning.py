@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nestling.config import ConfigError, load_config
-from nestling.export import file_key, load_onnx
+from nestling.export import load_onnx
+from nestling.file_keys import file_key
 from nestling.pipeline.alone import alone_with, recipe_alone, train_alone
 from nestling.pipeline.finetuning import Tuning, finetune, finetuned_name, tuning
 from nestling.pipeline.listening import Silent

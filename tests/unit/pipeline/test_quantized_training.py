@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nestling.config import ConfigError, load_config
-from nestling.export import file_key, load_onnx
+from nestling.export import load_onnx
+from nestling.file_keys import file_key
 from nestling.models.graph import trace
 from nestling.models.operators import Operator
 from nestling.pipeline.candidate import write_candidate

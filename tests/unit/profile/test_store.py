@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.profile import Conditions, Fingerprint, Measurement, MeasurementStore, StoreError, file_key
+from nestling.profile import Conditions, Fingerprint, Measurement, MeasurementStore, StoreError
 from nestling.profile.leases import Job, LeaseQueue
 
 Measured = Callable[..., Measurement]
@@ -210,12 +209,6 @@ def test_damaged_content_is_an_error_that_names_the_store(tmp_path: Path, measur
     connection.close()
     with pytest.raises(StoreError, match=r"m\.sqlite: not a measurement"):
         store.get("a", fingerprint=taken.fingerprint, settings="s")
-
-
-def test_the_key_of_a_file_is_its_sha256(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"content")
-    assert file_key(path) == hashlib.sha256(b"content").hexdigest()
 
 
 @pytest.fixture
