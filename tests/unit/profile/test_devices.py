@@ -520,6 +520,13 @@ def test_a_device_that_does_not_tell_its_graph_says_so(
     assert cpu.optimized_ops(tiny) is None
 
 
+@pytest.mark.skipif(worker.plugin_library("openvino") is None, reason="needs onnxruntime-ep-openvino")
+def test_openvino_behind_onnx_runtime_does_not_tell_its_graph(tiny: Path) -> None:
+    with connect("ort:openvino", seconds=0.02, timeout_seconds=60) as device:
+        assert device.optimized_ops(tiny) is None
+        assert [kernel.provider for kernel in device.kernels(tiny)] == ["OpenVINOExecutionProvider"]
+
+
 def test_the_kernels_tell_what_types_they_read(cpu: WorkerDevice, tmp_path: Path) -> None:
     kernels = cpu.kernels(quantized(tmp_path / "q.onnx"))
     convolutions = {kernel.op: kernel for kernel in kernels if kernel.op.endswith("Conv")}
