@@ -6,7 +6,6 @@ a report shows was measured itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
