@@ -24,7 +24,7 @@ from nestling.space import Arch, Value
 SENSITIVITY = "sensitivity.json"
 """The run's file of what quantizing each layer of its largest network does, and of the archs made of that."""
 PARTS = "sensitivity.safetensors"
-"""The run's file of what that is made of, until archs are."""
+"""The run's file of what that is made of: of it mixes are made, and anew where other metrics are weighed."""
 MIXES = 3
 """Mixes of precisions that are tried, spread from none quantized to all."""
 DRAWS = 2
@@ -51,7 +51,7 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
 
     They are the largest network of the space and, where choices have one, that of middle values, each in
     `MIXES` mixes. What is found out is kept in the run's `sensitivity.json`, also layer by layer, for the
-    report.
+    report. Mixes are made anew where limits that were changed make them save something else.
 
     Raises:
         RunError: training is not finished.
@@ -64,7 +64,8 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
     if not bench.config.search.sensitivity or not opened:
         return []
     known = bench.run.read_json(SENSITIVITY) or {}
-    if "mixes" not in known:
+    timed = "latency_ms" in problem.needed()
+    if "mixes" not in known or known.get("timed") != timed:
         if "refused" in known:  # by another process of this search, maybe
             raise Unquantizable(known["refused"])
         if listener is not None and (left_out := _left_out(bench.config.quant)):
@@ -73,39 +74,35 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
                 "of [quant] mend: candidates are made with it, and lose less than it tells"
             )
         try:
-            measured = _kept_sensitivity(bench)
+            measured = kept_sensitivity(bench)
             known = layer_facts(bench, measured)
             bench.run.write_json(SENSITIVITY, known)  # for the report, whatever comes of mixes
-            found = mixes(bench, measured, opened, problem=problem)
+            found = mixes(bench, measured, opened, timed=timed)
+            known["timed"] = timed
             known["mixes"] = [mix_facts(bench, measured, mix) for mix in found]
         except (Untraceable, Unquantizable) as error:
             bench.run.write_json(SENSITIVITY, {**known, "refused": str(error)})
             raise
         bench.run.write_json(SENSITIVITY, known)
-        (bench.run.folder / PARTS).unlink(missing_ok=True)
     hosts = space.spread(3)[1:]
     archs = (space.canonical({**host, **mix["values"]}) for mix in known["mixes"] for host in hosts)
     return list(dict.fromkeys(archs))
 
 
-def largest_sensitivity(bench: Workbench) -> Sensitivity:
+def kept_sensitivity(bench: Workbench) -> Sensitivity:
     """The sensitivity of the largest network to every precision of the space, on the calibration images.
 
     Those that `quant.keep` keeps layers in are among them, also where no choice has them. Channels are
-    equalized and scales shared as candidates' are; `awq`, `rounding` and `correct_biases` are left out.
+    equalized and scales shared as candidates' are; `awq`, `rounding` and `correct_biases` are left out. It is
+    kept in the run, as measuring it may take long.
 
     Raises:
         RunError, Untraceable, Unquantizable: see `seeds`.
     """
-    return _measured(bench, *_asked(bench))
-
-
-def _kept_sensitivity(bench: Workbench) -> Sensitivity:
-    """What `largest_sensitivity` gives, kept in the run until there are mixes: measuring it may take long."""
     graph, precisions = _asked(bench)
     kept = bench.run.folder / PARTS
     if kept.exists():
-        with suppress(ValueError):  # of a version that rounded otherwise
+        with suppress(ValueError):  # of a version that rounded otherwise, or damaged
             return Sensitivity.from_bytes(graph, precisions, kept.read_bytes())
     found = _measured(bench, graph, precisions)
     write_atomically(kept, found.to_bytes())
@@ -152,15 +149,14 @@ def _left_out(config: QuantConfig) -> list[str]:
 
 
 def mixes(
-    bench: Workbench, found: Sensitivity, opened: Mapping[str, Sequence[Value]], *, problem: Problem
+    bench: Workbench, found: Sensitivity, opened: Mapping[str, Sequence[Value]], *, timed: bool
 ) -> list[Mix]:
     """`MIXES` mixes of precisions of the largest network, the last with all that saves anything.
 
     Those of which no file is made are not among them. What is saved are products of bits where the search
-    weighs latency, otherwise bits of weights.
+    weighs latency (`timed`), otherwise bits of weights.
     """
     largest = bench.space.largest
-    timed = "latency_ms" in problem.needed()
 
     def policy(values: Assignment) -> QuantPolicy:
         return _policy(bench, found, values)

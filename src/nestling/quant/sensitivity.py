@@ -10,11 +10,14 @@ themselves are followed, image by image: `F` is `L L'`, so with random signs `v`
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -91,20 +94,28 @@ class Sensitivity:
         }
 
     def to_bytes(self) -> bytes:
-        """`parts` in the format of safetensors."""
-        return safetensors.torch.save({_key(part): moved.contiguous() for part, moved in self.parts.items()})
+        """`parts` in the format of safetensors, with a digest of what was asked for and what was found."""
+        parts = {_key(part): moved.contiguous() for part, moved in self.parts.items()}
+        asked = map(_key, _wanted(self.graph, self.precisions))
+        return safetensors.torch.save(parts, metadata={"digest": _digest(asked, parts)})
 
     @classmethod
     def from_bytes(cls, graph: Graph, precisions: Collection[str], data: bytes) -> Sensitivity:
         """The sensitivity of which `to_bytes` gave `data`: that of `graph` to `precisions`.
 
         Raises:
-            ValueError: it is of another graph, or to other precisions.
+            ValueError: it is of another graph, to other precisions, or damaged.
         """
-        names, found = _rounding_names(precisions), safetensors.torch.load(data)
+        names = _rounding_names(precisions)
         wanted = {_key(part): part for part in _wanted(graph, names)}
-        if strange := sorted(found.keys() - wanted.keys()):
-            raise ValueError(f"{strange[0]!r} is not among what {', '.join(names)} round in this graph")
+        try:
+            found, digest = safetensors.torch.load(data), _metadata(data).get("digest")
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"a sensitivity that cannot be read ({error})") from None
+        if digest != _digest(wanted, found):
+            raise ValueError(
+                f"a sensitivity of another graph or version, or not to {', '.join(names)}; measure it again"
+            )
         return cls(graph, names, {part: found[key] for key, part in wanted.items() if key in found})
 
 
@@ -187,6 +198,22 @@ def _key(part: Part) -> str:
     """`part` as it is called in a file."""
     name, to = part
     return f"{name} to {to.name if isinstance(to, Precision) else to}"
+
+
+def _digest(asked: Iterable[str], found: Iterable[str]) -> str:
+    """What tells whether a file has all of what is asked for; of that some may reach no answer."""
+    told = json.dumps([sorted(asked), sorted(found)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """What `safetensors.torch.save` was given as `metadata`; its `load` tells tensors alone.
+
+    The file begins with the length of a JSON object, in 8 bytes, and that object.
+    """
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    found: dict[str, str] = header.get("__metadata__", {})
+    return found
 
 
 def _is_rounded(operator: Operator, precision: Precision) -> bool:

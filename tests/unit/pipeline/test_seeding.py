@@ -15,13 +15,14 @@ from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline import seeding
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.policies import quant_policy
-from nestling.pipeline.seeding import PARTS, SENSITIVITY, Mix, seeds, spread, trade_off
+from nestling.pipeline.seeding import PARTS, SENSITIVITY, Mix, kept_sensitivity, seeds, spread, trade_off
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import Unquantizable, check_policy
 from nestling.quant.equalization import equalize
 from nestling.quant.sensitivity import Sensitivity
 from nestling.run import Run
+from nestling.search import Problem
 from nestling.space import Value
 
 TESTS = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_seeds_put_no_signed_beside_unsigned_activations(bench: Workbench) -> No
     vars(bench)["supernet"] = bench.new_supernet().eval()
     found = seeds(bench, problem(bench))
     assert found
-    graph = seeding.largest_sensitivity(bench).graph
+    graph = kept_sensitivity(bench).graph
     for arch in found:
         check_policy(graph, quant_policy(bench.family, arch, graph))
     facts = bench.run.read_json(SENSITIVITY)
@@ -154,7 +155,38 @@ def test_a_search_killed_before_its_mixes_goes_on_with_what_was_measured(
     monkeypatch.delattr(seeding, "measure_sensitivity")
     assert seeds(bench, problem(bench)) == wanted
     assert bench.run.read_json(SENSITIVITY) == facts
-    assert not (bench.run.folder / PARTS).exists()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"junk", slice(0, -9)])
+def test_a_sensitivity_that_is_damaged_is_measured_again(bench: Workbench, damaged: bytes | slice) -> None:
+    wanted = seeds(bench, problem(bench))
+    (bench.run.folder / SENSITIVITY).unlink()
+    kept = bench.run.folder / PARTS
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[damaged] if isinstance(damaged, slice) else damaged)
+    assert seeds(bench, problem(bench)) == wanted
+    assert kept.read_bytes() == whole
+
+
+def test_mixes_save_what_the_search_weighs_now(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weighing(*metrics: str) -> Problem:
+        return Problem.parse(bench.space, objectives=["top1", *metrics], limits={})
+
+    def costs() -> list[float]:
+        facts = bench.run.read_json(SENSITIVITY)
+        assert facts is not None
+        return [mix["cost"] for mix in facts["mixes"]]
+
+    seeds(bench, weighing("size_mb"))
+    of_weights = costs()
+    monkeypatch.delattr(seeding, "measure_sensitivity")
+    seeds(bench, weighing("latency_ms"))
+    of_products = costs()
+    assert min(of_products) > max(of_weights)
+    seeds(bench, weighing("latency_ms", "size_mb"))
+    assert costs() == of_products
+    seeds(bench, weighing())
+    assert costs() == of_weights
 
 
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable])
@@ -187,7 +219,7 @@ def test_a_search_that_does_not_ask_has_no_seeds(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_the_largest_network_on_the_calibration_images(bench: Workbench) -> None:
     largest = bench.space.largest
-    found = seeding.largest_sensitivity(bench)
+    found = kept_sensitivity(bench)
     assert isinstance(found, Sensitivity)
     resolution = bench.resolution(largest)
     assert found.graph.resolution == resolution
@@ -213,14 +245,15 @@ def test_channels_are_equalized_and_scales_shared_as_a_candidate_s_are(
 ) -> None:
     given: list[tuple[Graph, Any]] = []
 
-    def keep(graph: Graph, *_: Any, **settings: Any) -> None:
+    def keep(graph: Graph, *_: Any, **settings: Any) -> Any:
         given.append((graph, settings["shared"]))
+        return SimpleNamespace(to_bytes=lambda: b"nothing that could be read again")
 
     monkeypatch.setattr(seeding, "measure_sensitivity", keep)
-    seeding.largest_sensitivity(bench)
+    kept_sensitivity(bench)
     quant = bench.config.quant.model_copy(update={"equalize": True, "shared": ("Add",)})
     bench.config = bench.config.model_copy(update={"quant": quant})
-    seeding.largest_sensitivity(bench)
+    kept_sensitivity(bench)
     (plain, alone), (equal, together) = given
     wanted = {operator.name: operator.weight for operator in equalize(plain).operators}
     for operator in equal.operators:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from nestling.quant.formats import Format
 from nestling.quant.observing import needed
 from nestling.quant.quantizing import prepared
 from nestling.quant.regions import WEIGHT_AXES
-from nestling.quant.sensitivity import Sensitivity, measure_sensitivity
+from nestling.quant.sensitivity import Sensitivity, _metadata, measure_sensitivity
 
 MEASURED = ("w8a8", "w4a8", "w4", "bf16")
 MIXED = QuantPolicy((("", "w8a8"), ("a", "w4a8"), ("wide", "w4"), ("b.conv1", "fp32"), ("head", "bf16")))
@@ -59,8 +61,27 @@ def test_what_is_read_from_a_file_tells_every_policy_the_same(sensitivity: Sensi
     assert again.parts.keys() == sensitivity.parts.keys()
     assert again.precisions == sensitivity.precisions
     assert again.divergence(MIXED) == sensitivity.divergence(MIXED) > 0
-    with pytest.raises(ValueError, match="is not among what w8a8, bf16 round"):
-        Sensitivity.from_bytes(graph, ["w8a8", "bf16"], sensitivity.to_bytes())
+
+
+@pytest.mark.parametrize("precisions", [["w8a8", "bf16"], [*MEASURED, "w2a8"]])
+def test_what_is_read_from_a_file_of_other_precisions_is_refused(
+    sensitivity: Sensitivity, graph: Graph, precisions: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"not to {', '.join(precisions)}"):
+        Sensitivity.from_bytes(graph, precisions, sensitivity.to_bytes())
+
+
+def test_a_file_that_lacks_a_part_or_is_damaged_is_refused(sensitivity: Sensitivity, graph: Graph) -> None:
+    whole = sensitivity.to_bytes()
+    fewer = dict(list(sensitivity.parts.items())[1:])
+    # as if what was measured were less than what was asked for
+    odd = safetensors.torch.save(
+        safetensors.torch.load(replace(sensitivity, parts=fewer).to_bytes()), metadata=_metadata(whole)
+    )
+    plain = safetensors.torch.save(safetensors.torch.load(whole))
+    for damaged in (odd, plain, whole[:-1], whole[:100], b"", b"\xff" * 8, b"\x02" + bytes(7) + b"{}"):
+        with pytest.raises(ValueError, match="sensitivity"):
+            Sensitivity.from_bytes(graph, MEASURED, damaged)
 
 
 def test_tensors_of_one_scale_lose_what_that_scale_costs_them(graph: Graph, images: Tensor) -> None:
