@@ -71,6 +71,7 @@ def round_by_moments(
         seed: chooses the positions of large maps that are looked at.
 
     Raises:
+        Unquantizable: what a layer reads is not finite.
         ValueError: see `walk`.
     """
 
@@ -82,7 +83,7 @@ def round_by_moments(
         moments = second_moments(read)
         target = as_matrix(operator, weight)
         missing = rows_read(operator, reading.exact, seed=seed) - read
-        inverse = _inverse(moments)
+        inverse = _inverse(moments, layer=operator.layer)
         target = target + target @ second_moments(missing, read) @ inverse
         matrices = (as_matrix(operator, part) for part in (grid.step, grid.low, grid.high))
         step, low, high = (matrix.expand(target.shape) for matrix in matrices)
@@ -95,8 +96,8 @@ def round_by_moments(
     return walk(graph, ranges, images, on_grid)
 
 
-def _inverse(moments: Tensor) -> Tensor:
-    """The inverse of the damped `moments`; where a number is always zero, that of one alone."""
+def _inverse(moments: Tensor, *, layer: str) -> Tensor:
+    """The inverse of the damped `moments` of `layer`; where a number is always zero, that of one alone."""
     size = moments.shape[-1]
     diagonal = moments.diagonal(dim1=1, dim2=2)
     damping = DAMPING * diagonal.mean(1, keepdim=True)
@@ -107,7 +108,9 @@ def _inverse(moments: Tensor) -> Tensor:
         if not failed.any():
             return torch.cholesky_inverse(factor)
         damping = damping * 10
-    raise Unquantizable("a layer's input is not finite on the calibration images; was training complete?")
+    raise Unquantizable(
+        f"what layer {layer} reads is not finite on the calibration images; was training complete?"
+    )
 
 
 def _column_by_column(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nestling.export import to_onnx
 from nestling.models.graph import Graph, trace
-from nestling.quant import QuantPolicy, Range, insert_qdq, observe, simulate
+from nestling.quant import QuantPolicy, Range, Unquantizable, insert_qdq, observe, simulate
 from nestling.quant.adaround import round_by_gradients
 from nestling.quant.calibration import WeightMethod
 from nestling.quant.rounding import grid_of, round_by_moments
@@ -150,6 +150,16 @@ def test_inputs_that_are_always_zero_leave_their_weights_to_the_nearest(images: 
     nearest = ranges["2/Conv.weight"].nearest(graph.operators[2].constant())
     assert torch.equal(weight[:, 2], nearest[:, 2])
     assert not torch.equal(weight, nearest)
+
+
+def test_a_layer_that_reads_what_is_not_finite_is_named(images: Tensor) -> None:
+    first, last = nn.Linear(3 * 12 * 12, 8), nn.Linear(8, 4)
+    with torch.no_grad():
+        first.weight[2, 5] = torch.inf
+    graph = trace(nn.Sequential(nn.Flatten(), first, nn.GELU(), last).eval(), resolution=12)
+    ranges = observe(graph, QuantPolicy((("3", "w4"),)), [images])
+    with pytest.raises(Unquantizable, match="what layer 3 reads is not finite"):
+        round_by_moments(graph, ranges, [images])
 
 
 def test_learned_rounding_goes_up_or_down_by_less_than_a_step(
