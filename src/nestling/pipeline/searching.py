@@ -31,6 +31,7 @@ from nestling.search import (
     change_limits,
     check_limits,
     correct_trial,
+    evaluated,
     load_result,
     search,
     suspects,
@@ -82,11 +83,21 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         )
     for told in result.unmet:
         listener.note(told)
-    front = {trial.arch.key for trial in result.front}
-    for file in list((bench.run.folder / "candidates").glob("*.onnx")):
-        if file.stem not in front:
-            file.unlink()
+    _tidy(bench, place, result)
     return result
+
+
+def _tidy(bench: Workbench, place: Place, result: SearchResult) -> None:
+    """Removes the files of candidates that are done and on no front; of others somebody may be at work on."""
+    asked = problem(bench)
+    files = list((bench.run.folder / "candidates").glob("*.onnx"))
+    # asked for before the front: what is handed in between is left
+    done = evaluated(asked, storage=place.storage, name=place.name) if files else frozenset()
+    now = load_result(asked, storage=place.storage, name=place.name)
+    kept = {trial.arch.key for trial in (*result.front, *now.front)}
+    for file in files:
+        if file.stem in done - kept:
+            file.unlink(missing_ok=True)
 
 
 def join_search(bench: Workbench, *, study: str | None = None, listener: Listener) -> SearchResult:

@@ -5,12 +5,13 @@ from nestling.search.database import StudyMismatch, StudyUnavailable
 from nestling.search.guided import batch_size
 from nestling.search.limits import change_limits, parse_limits
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
+from nestling.search.opening import agree, amend, evaluated, suspects
 from nestling.search.pareto import hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
 from nestling.search.stopping import Stop, Stopping
-from nestling.search.study import EvaluationFailed, agree, amend, load_result, search, suspects, watch
+from nestling.search.study import EvaluationFailed, load_result, search, watch
 from nestling.search.workers import Workers, WorkersLost, end_with_input
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "check_sampler",
     "correct_trial",
     "end_with_input",
+    "evaluated",
     "hypervolume",
     "load_result",
     "make_proposer",

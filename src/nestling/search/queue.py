@@ -126,6 +126,13 @@ class Queue:
             self._open(connection, self.database.now(connection))
             return count_suspects(connection, self.study)
 
+    def evaluated(self) -> frozenset[str]:
+        """The keys of the archs whose outcome is stored."""
+        table = tables.candidates
+        asked = sa.select(table.c.arch_key).where(table.c.study_id == self.study, table.c.state == "done")
+        with self.database.reading() as connection:
+            return frozenset(connection.execute(asked).scalars())
+
     def give_back(self) -> None:
         """Leaves what this process has begun to others, as if it had not been begun; keeps watch no more."""
         table, leases = tables.candidates, tables.leases

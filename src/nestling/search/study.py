@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nestling.search.database import Database, StudyUnavailable
 from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem, check_limits
+from nestling.search.opening import open_queue
 from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_batch
-from nestling.search.queue import LEASE_SECONDS, Proposing, Queue, Task
-from nestling.search.record import Record, begin_study, is_begun, read_record
+from nestling.search.queue import LEASE_SECONDS, Proposing, Task
+from nestling.search.record import Record, read_record
 from nestling.search.result import SearchResult, Trial
 from nestling.search.stopping import Stopping
 from nestling.space import Arch
@@ -169,69 +167,6 @@ def watch(
                     raise
                 time.sleep(POLL_SECONDS)
         return record.result
-
-
-@contextmanager
-def open_queue(
-    problem: Problem,
-    storage: Path | str,
-    name: str,
-    *,
-    about: Mapping[str, str] | None = None,
-    lease_seconds: float = LEASE_SECONDS,
-) -> Iterator[Queue]:
-    """The queue of the study `name`, begun where there is none; what is begun and not done is given back.
-
-    Raises:
-        Exception: as `search`.
-    """
-    database = Database(storage, prepare=partial(begin_study, problem=problem, name=name))
-    try:
-        queue = Queue(Record(problem, database, name, about=about), lease_seconds=lease_seconds)
-        try:
-            yield queue
-        finally:
-            with suppress(StudyUnavailable):  # the lease ends by itself, too
-                queue.give_back()
-    finally:
-        database.close()
-
-
-def agree(problem: Problem, fact: str, content: str, *, storage: Path | str, name: str) -> str:
-    """What all processes that search the study take for `fact`: the `content` that was told first.
-
-    Raises:
-        Exception: as `search`.
-    """
-    with open_queue(problem, storage, name) as queue:
-        return queue.settle(fact, content)
-
-
-def amend(problem: Problem, fact: str, content: str, *, before: str, storage: Path | str, name: str) -> str:
-    """What all processes take for `fact` from now on: `content`, unless it is not `before` any more.
-
-    Raises:
-        Exception: as `search`.
-    """
-    with open_queue(problem, storage, name) as queue:
-        return queue.amend(fact, content, before=before)
-
-
-def suspects(
-    problem: Problem, *, storage: Path | str, name: str, about: Mapping[str, str] | None = None
-) -> int:
-    """How many archs may be what kills the command, which was lost with each of them again and again.
-
-    Evaluated by another process than the one that watches, it can be told from a person or a machine that
-    ends the command. No study is begun.
-
-    Raises:
-        Exception: as `search`.
-    """
-    if not is_begun(storage, name):
-        return 0
-    with open_queue(problem, storage, name, about=about) as queue:
-        return queue.suspects()
 
 
 def load_result(problem: Problem, *, storage: Path | str, name: str) -> SearchResult:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,13 @@ from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run, RunError
-from nestling.search import EvaluationFailed, SearchResult, search
+from nestling.search import EvaluationFailed, SearchResult, Trial, search
 from nestling.search.database import Database
 from nestling.search.lost import RETRIES
+from nestling.search.opening import open_queue
 from nestling.search.queue import Queue, Task
 from nestling.search.record import Record, begin_study
+from nestling.space import Arch
 from nestling.train.evaluate import Accuracy
 
 TESTS = Path(__file__).parents[2]
@@ -83,6 +86,46 @@ def test_a_search_that_was_lost_with_one_candidate_again_and_again_goes_on_under
     search_supernet(bench, listener=Silent())
     assert called == [how]
     assert bench.run.study_file.exists() == (losses > 0)  # asking begins none
+
+
+def test_a_search_that_ends_leaves_the_files_that_others_are_at_work_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
+    asked, where = problem(bench), study_place(bench)
+    beaten, better, last, theirs, waiting = islice(asked.space.walk(), 5)
+
+    def trial(arch: Arch, top1: float) -> Trial:
+        metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": top1, "latency_unstable": 0.0}
+        return Trial(0, arch, metrics, "complete")
+
+    with open_queue(asked, where.storage, where.name, about=about(bench)) as queue:
+        queue.offer([beaten, better, last, theirs, waiting])
+        given = queue.next(9)
+        for top1 in (0.4, 0.5):
+            assert isinstance(given, Task)
+            given = queue.next(9, outcome=(given, trial(given.arch, top1)))
+        mine = given
+        assert isinstance(mine, Task)
+        assert mine.arch == last
+        another = Queue(queue.record, owner="another")
+        assert isinstance(another.next(9), Task)
+
+        def end(*_: object) -> SearchResult:
+            found = searched(bench)
+            queue.next(9, outcome=(mine, trial(last, 0.6)))  # the best of all is handed in meanwhile
+            return found
+
+        monkeypatch.setattr(searching, "_search", end)
+        monkeypatch.setattr(searching, "_steadied", lambda _bench, _place, result, *_, **__: result)
+        monkeypatch.setattr(Workbench, "check_trained", lambda _: None)
+        (bench.run.folder / "candidates").mkdir()
+        for arch in (beaten, better, last, theirs, waiting):
+            bench.candidate_path(arch).touch()
+        result = search_supernet(bench, listener=Silent())
+    assert [trial.arch for trial in result.front] == [better]
+    left = {file.stem for file in (bench.run.folder / "candidates").iterdir()}
+    assert left == {better.key, last.key, theirs.key, waiting.key}
 
 
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable, ValueError])

@@ -14,8 +14,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from nestling.search import EvaluationFailed, Metrics, Problem, StudyMismatch, Trial, load_result, search
+from nestling.search.opening import open_queue
 from nestling.search.queue import Task
-from nestling.search.study import open_queue
 from nestling.search.tables import FAILED_VIOLATION
 from nestling.space import Arch, SearchSpace
 
