@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nestling.pipeline.measuring import score
 from nestling.pipeline.studies import problem
 from nestling.pipeline.workbench import Workbench
-from nestling.search import Trial
-from nestling.search.racing import is_beaten, looks, race
+from nestling.profile import DeviceError, DevicesGoneError
+from nestling.search import EvaluationFailed, Metrics, SearchResult, Trial
+from nestling.search.racing import is_beaten, looks, race, unbeaten
 
 
 class Scoring:
@@ -55,3 +56,44 @@ class Scoring:
             "top1_images": float(found.seen),
             "top1_partial": float(found.seen < total),
         }
+
+
+def scored_whole(
+    result: SearchResult,
+    *,
+    total: int,
+    score: Callable[[Trial], Metrics],
+    keep: Callable[[Trial, Metrics], SearchResult],
+    note: Callable[[str], None],
+) -> SearchResult:
+    """The result, in which everything that lost a race is beaten by something.
+
+    A candidate that was left because of one that turned out dearer is scored on all images, and may then beat
+    others that were left. Where the device is away the result is what it was until then.
+
+    Args:
+        result: of a search that has come to its end, its latencies as they are to stay.
+        total: how many images a whole score is taken on.
+        score: the metrics of a trial's network, scored on all images.
+        keep: records metrics of a trial in place of its own, and gives the result that follows.
+        note: is told what was scored again, what could not be, and that the device was away.
+    """
+    failed: set[int] = set()
+    try:
+        while left := [trial for trial in unbeaten(result.trials, total=total) if trial.number not in failed]:
+            trial = left[0]
+            try:
+                metrics = score(trial)
+            except EvaluationFailed as error:
+                failed.add(trial.number)
+                note(f"{trial.arch.key} was not scored on all images: {error}")
+                continue
+            before = f"{trial.metrics['top1']:.2%} on {trial.metrics['top1_images']:.0f}"
+            note(
+                f"{trial.arch.key}, which nothing beats any more, was scored on all images: "
+                f"{metrics['top1']:.2%}, {before}"
+            )
+            result = keep(trial, metrics)
+    except (DeviceError, DevicesGoneError) as error:
+        note(f"candidates that nothing beats any more could not be scored on all images: {error}")
+    return result

@@ -9,6 +9,7 @@ from typing import Any
 
 from nestling.models.graph import Untraceable
 from nestling.pipeline.candidate import cost_metrics, write_candidate
+from nestling.pipeline.concluding import concluded, tidy
 from nestling.pipeline.costs import Costs, known_costs
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.measuring import latency_metrics, measure
@@ -16,10 +17,8 @@ from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
 from nestling.pipeline.scale import other_settings, rescaled, run_reference
 from nestling.pipeline.seeding import seeds
-from nestling.pipeline.steadying import PAUSES_AT_END, steadied
 from nestling.pipeline.studies import Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile.address import Address, parse_addresses
 from nestling.quant import Unquantizable
 from nestling.search import (
     EvaluationFailed,
@@ -30,8 +29,6 @@ from nestling.search import (
     Workers,
     change_limits,
     check_limits,
-    correct_trial,
-    evaluated,
     load_result,
     search,
     suspects,
@@ -69,7 +66,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         before = rescaled(bench, place, load_result(asked, storage=place.storage, name=place.name), listener)
         result = (_search if alone else _watch)(bench, place, listener)
         fresh = len(result.trials) > len(before.trials)
-        result = _concluded(bench, place, result, listener, fresh=fresh)
+        result = concluded(bench, place, result, listener, fresh=fresh)
     if judged >= bench.config.search.trials:
         listener.note(
             f"all {judged} candidates were evaluated under other limits; "
@@ -83,21 +80,8 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         )
     for told in result.unmet:
         listener.note(told)
-    _tidy(bench, place, result)
+    tidy(bench, place, result)
     return result
-
-
-def _tidy(bench: Workbench, place: Place, result: SearchResult) -> None:
-    """Removes the files of candidates that are done and on no front; of others somebody may be at work on."""
-    asked = problem(bench)
-    files = list((bench.run.folder / "candidates").glob("*.onnx"))
-    # asked for before the front: what is handed in between is left
-    done = evaluated(asked, storage=place.storage, name=place.name) if files else frozenset()
-    now = load_result(asked, storage=place.storage, name=place.name)
-    kept = {trial.arch.key for trial in (*result.front, *now.front)}
-    for file in files:
-        if file.stem in done - kept:
-            file.unlink(missing_ok=True)
 
 
 def join_search(bench: Workbench, *, study: str | None = None, listener: Listener) -> SearchResult:
@@ -242,69 +226,6 @@ def _evaluation(
         return scoring(path, resolution=candidate.resolution, costs=metrics) | metrics
 
     return evaluate
-
-
-def _concluded(
-    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, fresh: bool
-) -> SearchResult:
-    """The result, its latencies as stable as can be and in milliseconds of the device at its best.
-
-    Timing the front again may be what first sees the device at its best; with other milliseconds, limits let
-    other members in.
-    """
-    told = rescaled(bench, place, result, listener)
-    while True:
-        result = _steadied(bench, place, told, listener, fresh=fresh)
-        told = rescaled(bench, place, result, listener)
-        if told is result:
-            return result
-
-
-def _steadied(
-    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, fresh: bool
-) -> SearchResult:
-    """The result, the unstable latencies of its front measured again and recorded.
-
-    Args:
-        bench, place, result, listener: of the search.
-        fresh: whether this command evaluated candidates, so that the device is there to be asked.
-    """
-    if "latency_ms" not in problem(bench).needed():
-        return result
-    asked, address = problem(bench), parse_addresses(bench.config.profile.device)
-    # a search that is done needs no line to a device
-    away = not fresh and (not isinstance(address, Address) or address.place is not None)
-
-    def doubted(trial: Trial) -> bool:
-        path = bench.candidate_path(trial.arch)
-        return not away and path.exists() and bench.device.doubts(path)
-
-    def time_again(trial: Trial) -> Metrics:
-        path = bench.candidate_path(trial.arch)
-        if not path.exists():  # it was of no front when the search last came to its end
-            write_candidate(bench, trial.arch, path)
-        taken = measure(bench.device, path, pauses=())
-        reference = run_reference(bench, place, taken)
-        return latency_metrics(taken, reference_ms=float(reference["latency_ms"]))
-
-    def keep(trial: Trial, metrics: Metrics) -> SearchResult:
-        before = trial.metrics["latency_ms"]
-        if "latency_ms" in metrics:
-            told = f"was timed again: {metrics['latency_ms']:.4g} ms, not {before:.4g} ms"
-        else:
-            told = f"is doubted: the device was slower at its {before:.4g} ms than it was seen to be since"
-        listener.note(f"{trial.arch.key} {told}")
-        correct_trial(asked, trial, metrics, storage=place.storage, name=place.name)
-        return load_result(asked, storage=place.storage, name=place.name)
-
-    return steadied(
-        result,
-        doubted=doubted,
-        time_again=time_again,
-        keep=keep,
-        note=listener.note,
-        pauses=PAUSES_AT_END,
-    )
 
 
 def _seeds(bench: Workbench, listener: Listener) -> list[Arch]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from nestling.search.objectives import DIRECTIONS, Metrics
 from nestling.search.result import Trial
@@ -51,6 +52,7 @@ def looks(total: int) -> tuple[int, ...]:
     return (*ends, total)
 
 
+@cache
 def most_correct(scored: Scored, total: int, *, risk: float) -> int:
     """The most of all `total` images that may be right, given what was `scored` on some drawn at random.
 
@@ -83,7 +85,7 @@ def race(
         ends: images seen after each look, the last being all.
         confidence: that one which is not beaten is scored on all images.
     """
-    total, risk = ends[-1], (1 - confidence) / max(1, len(ends) - 1)
+    total, risk = ends[-1], _risk(ends, confidence)
     correct = 0
     for number, seen in enumerate(ends):
         correct += score(number)
@@ -91,6 +93,33 @@ def race(
         if seen < total and beaten(most_correct(found, total, risk=risk) / total):
             break
     return found
+
+
+def unbeaten(trials: Sequence[Trial], *, total: int, confidence: float = CONFIDENCE) -> list[Trial]:
+    """The trials that lost a race and that nothing beats any more, the most accurate first.
+
+    What beat one may have been timed again since, and be dearer than it was thought to be.
+
+    Args:
+        trials: all there are; races were over `total` images.
+        total: of a whole score.
+        confidence: that of the races.
+    """
+    ends = looks(total)
+
+    def reached(trial: Trial) -> float:
+        seen = round(trial.metrics["top1_images"])
+        scored = Scored(round(trial.metrics["top1"] * seen), seen)
+        return most_correct(scored, total, risk=_risk(ends, confidence)) / total
+
+    left = [
+        trial
+        for trial in trials
+        if trial.state == "complete"
+        and trial.is_partial
+        and not is_beaten(trials, trial.metrics, reached(trial))
+    ]
+    return sorted(left, key=lambda trial: (-trial.metrics["top1"], trial.number))
 
 
 def is_beaten(trials: Sequence[Trial], costs: Metrics, top1: float) -> bool:
@@ -106,3 +135,8 @@ def is_beaten(trials: Sequence[Trial], costs: Metrics, top1: float) -> bool:
         for trial in trials
         if trial.state == "complete" and not trial.is_partial and not trial.metrics.get("latency_unstable")
     )
+
+
+def _risk(ends: Sequence[int], confidence: float) -> float:
+    """The chance of each look but the last that it makes a race lose one which is not beaten."""
+    return (1 - confidence) / max(1, len(ends) - 1)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +11,19 @@ import pytest
 from nestling.config import load_config
 from nestling.models.graph import Untraceable
 from nestling.owners import place
-from nestling.pipeline import racing, searching, workbench
+from nestling.pipeline import racing, searching
 from nestling.pipeline.listening import Silent
-from nestling.pipeline.searching import _evaluation, _seeds, _steadied, search_supernet
+from nestling.pipeline.searching import _evaluation, _seeds, search_supernet
 from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
-from nestling.profile import DeviceError, Fingerprint, Measurement, WorkerDevice
+from nestling.profile import Fingerprint, Measurement
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run, RunError
-from nestling.search import EvaluationFailed, SearchResult, Trial, search
+from nestling.search import EvaluationFailed, SearchResult
 from nestling.search.database import Database
 from nestling.search.lost import RETRIES
-from nestling.search.opening import open_queue
 from nestling.search.queue import Queue, Task
 from nestling.search.record import Record, begin_study
-from nestling.space import Arch
 from nestling.train.evaluate import Accuracy
 
 TESTS = Path(__file__).parents[2]
@@ -88,46 +85,6 @@ def test_a_search_that_was_lost_with_one_candidate_again_and_again_goes_on_under
     assert bench.run.study_file.exists() == (losses > 0)  # asking begins none
 
 
-def test_a_search_that_ends_leaves_the_files_that_others_are_at_work_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
-    asked, where = problem(bench), study_place(bench)
-    beaten, better, last, theirs, waiting = islice(asked.space.walk(), 5)
-
-    def trial(arch: Arch, top1: float) -> Trial:
-        metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": top1, "latency_unstable": 0.0}
-        return Trial(0, arch, metrics, "complete")
-
-    with open_queue(asked, where.storage, where.name, about=about(bench)) as queue:
-        queue.offer([beaten, better, last, theirs, waiting])
-        given = queue.next(9)
-        for top1 in (0.4, 0.5):
-            assert isinstance(given, Task)
-            given = queue.next(9, outcome=(given, trial(given.arch, top1)))
-        mine = given
-        assert isinstance(mine, Task)
-        assert mine.arch == last
-        another = Queue(queue.record, owner="another")
-        assert isinstance(another.next(9), Task)
-
-        def end(*_: object) -> SearchResult:
-            found = searched(bench)
-            queue.next(9, outcome=(mine, trial(last, 0.6)))  # the best of all is handed in meanwhile
-            return found
-
-        monkeypatch.setattr(searching, "_search", end)
-        monkeypatch.setattr(searching, "_steadied", lambda _bench, _place, result, *_, **__: result)
-        monkeypatch.setattr(Workbench, "check_trained", lambda _: None)
-        (bench.run.folder / "candidates").mkdir()
-        for arch in (beaten, better, last, theirs, waiting):
-            bench.candidate_path(arch).touch()
-        result = search_supernet(bench, listener=Silent())
-    assert [trial.arch for trial in result.front] == [better]
-    left = {file.stem for file in (bench.run.folder / "candidates").iterdir()}
-    assert left == {better.key, last.key, theirs.key, waiting.key}
-
-
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable, ValueError])
 def test_only_networks_that_cannot_be_quantized_have_no_seeds(
     error: type[ValueError], monkeypatch: pytest.MonkeyPatch
@@ -146,88 +103,6 @@ def test_only_networks_that_cannot_be_quantized_have_no_seeds(
     else:
         assert _seeds(bench, listener) == []
         assert told == ["no archs by sensitivity: because"]
-
-
-def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
-    vars(bench)["device"] = None
-    where, asked = study_place(bench), problem(bench)
-    unstable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 1.0}
-    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | unstable
-    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
-    [trial] = result.front
-    written: list[Path] = []
-    monkeypatch.setattr(searching, "write_candidate", lambda _bench, _arch, path: written.append(path))
-    taken = SimpleNamespace(ratio=2.0, unstable=False, reference_ms=3.0)
-    monkeypatch.setattr(searching, "measure", lambda *_, **__: taken)
-    monkeypatch.setattr(searching, "run_reference", lambda *_: {"latency_ms": 3.0})
-    told: list[str] = []
-    listener: Any = SimpleNamespace(note=told.append)
-    found = _steadied(bench, where, result, listener, fresh=False)
-    assert written == [bench.candidate_path(trial.arch)]
-    assert found.unstable == ()
-    assert found.trials[0].metrics["latency_ms"] == 6.0
-    assert found.trials == searched(bench).trials
-    assert told == [f"{trial.arch.key} was timed again: 6 ms, not 1 ms"]
-
-
-def test_a_latency_that_the_device_doubts_is_recorded_as_unstable_where_it_cannot_be_timed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
-
-    class Doubting(WorkerDevice):
-        def __init__(self) -> None:
-            pass
-
-        def doubts(self, path: Path) -> bool:
-            return path.exists()
-
-    vars(bench)["device"] = Doubting()
-    where, asked = study_place(bench), problem(bench)
-    stable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 0.0}
-    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | stable
-    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
-    [trial] = result.front
-    bench.candidate_path(trial.arch).parent.mkdir(exist_ok=True)
-    bench.candidate_path(trial.arch).touch()
-
-    def lost(*_: object, **__: object) -> None:
-        raise EvaluationFailed("the worker was lost")
-
-    monkeypatch.setattr(searching, "measure", lost)
-    monkeypatch.setattr(searching, "PAUSES_AT_END", (0.0,))
-    told: list[str] = []
-    listener: Any = SimpleNamespace(note=told.append)
-    _steadied(bench, where, result, listener, fresh=True)
-    assert [one.metrics["latency_ms"] for one in searched(bench).unstable] == [1.0]
-    key = trial.arch.key
-    assert told == [
-        f"{key} is doubted: the device was slower at its 1 ms than it was seen to be since",
-        f"{key} was not timed again: the worker was lost",
-    ]
-
-
-def test_a_device_that_is_away_when_the_front_is_looked_at_ends_no_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml")))
-    where, asked = study_place(bench), problem(bench)
-    unstable = {"latency_ms": 1.0, "latency_ratio": 0.5, "latency_unstable": 1.0}
-    metrics = dict.fromkeys(asked.needed(), 1.0) | {"top1": 0.5} | unstable
-    result = search(asked, lambda _: metrics, storage=where.storage, name=where.name, trials=1)
-
-    def away(*_: object, **__: object) -> None:
-        raise DeviceError("the board does not answer")
-
-    monkeypatch.setattr(workbench, "open_device", away)
-    monkeypatch.setattr(searching, "write_candidate", lambda *_: None)
-    told: list[str] = []
-    listener: Any = SimpleNamespace(note=told.append)
-    assert _steadied(bench, where, result, listener, fresh=True) == result
-    assert told == ["the front's latencies could not be looked at to the end: the board does not answer"]
 
 
 def _timed_by(runtime: str) -> Measurement:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from nestling.search import Metrics, Problem, SearchResult, Trial
-from nestling.search.racing import CONFIDENCE, Scored, is_beaten, looks, most_correct, race
+from nestling.search.racing import CONFIDENCE, Scored, is_beaten, looks, most_correct, race, unbeaten
 from nestling.space import Arch, Choice, SearchSpace
 
 TOTAL = 2000
@@ -87,7 +87,8 @@ def searched(*, racing: bool) -> tuple[SearchResult, int]:
         costs: Metrics = {"latency_ms": latency, "mmacs": latency}
         found = race(per_look(hits, ends).__getitem__, partial(is_beaten, trials, costs), ends=ends)
         seen += found.seen
-        metrics = {**costs, "top1": found.top1, "top1_partial": float(found.seen < TOTAL)}
+        images = {"top1_images": float(found.seen), "top1_partial": float(found.seen < TOTAL)}
+        metrics = {**costs, "top1": found.top1, **images}
         trials.append(Trial(number, arch, metrics, "complete"))
     return SearchResult(problem, tuple(trials)), seen
 
@@ -125,3 +126,23 @@ def test_a_partial_score_is_on_no_front_and_keeps_no_limit(better: Trial) -> Non
     assert result.front == ()
     assert "the nearest has 0.9" in result.unmet[0]
     assert SearchResult(Problem(space, problem.objectives), (better, lucky)).front == (better,)
+
+
+def test_what_lost_its_race_to_a_trial_that_turned_out_dearer_is_told(better: Trial) -> None:
+    space = archs(4)
+    _, second, third, fourth = space.walk()
+    costs = {"latency_ms": 2.5, "mmacs": 6.0, "size_mb": 2.0}
+    # of all 400 images at most 0.9 and 0.39 are plausible
+    near = trial(second, **costs, top1=50 / 64, top1_images=64.0, top1_partial=1.0)
+    far = trial(third, **costs, top1=15 / 64, top1_images=64.0, top1_partial=1.0)
+    whole = trial(fourth, **costs, top1=0.6, top1_images=400.0, top1_partial=0.0)
+    assert unbeaten([better, far, near, whole], total=400) == []
+    slower = trial(better.arch, **{**better.metrics, "latency_ms": 3.0})
+    assert unbeaten([slower, far, near, whole], total=400) == [near]  # `whole` beats the other one still
+    assert unbeaten([slower, far, near], total=400) == [near, far]
+
+
+def test_races_that_were_lost_stay_lost_where_nothing_was_timed_again() -> None:
+    raced, _ = searched(racing=True)
+    assert any(trial.is_partial for trial in raced.trials)
+    assert unbeaten(raced.trials, total=TOTAL) == []
