@@ -24,12 +24,12 @@ from nestling.search import (
     EvaluationFailed,
     Metrics,
     SearchResult,
-    Stopping,
     Trial,
     Workers,
     change_limits,
     check_limits,
     load_result,
+    load_stop,
     search,
     suspects,
     watch,
@@ -73,7 +73,8 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
             f"`--set search.trials={2 * judged}` looks for more under these"
         )
     below = bench.config.search.stop_below
-    if (stop := Stopping(asked, below).look(result.trials)) is not None:
+    stop = load_stop(asked, below, storage=place.storage, name=place.name)
+    if stop is not None:
         listener.note(
             f"the search has ended early: {stop}, less than search.stop_below ({below:.2%}); "
             "`--set search.stop_below=0` goes on"

@@ -2,6 +2,7 @@
 
 from nestling.search.correcting import correct_trial
 from nestling.search.database import StudyMismatch, StudyUnavailable
+from nestling.search.ending import load_stop
 from nestling.search.guided import batch_size
 from nestling.search.limits import change_limits, parse_limits
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
@@ -41,6 +42,7 @@ __all__ = [
     "evaluated",
     "hypervolume",
     "load_result",
+    "load_stop",
     "make_proposer",
     "make_sampler",
     "nondominated",

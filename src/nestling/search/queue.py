@@ -187,6 +187,14 @@ class Queue:
                 connection.execute(sa.insert(table).values(study_id=self.study, name=name, content=content))
             return content if known is None else str(known)
 
+    def settled(self, name: str) -> str | None:
+        """What holds for all processes under `name`; None before one of them has settled it."""
+        table = tables.facts
+        asked = sa.select(table.c.content).where(table.c.study_id == self.study, table.c.name == name)
+        with self.database.reading() as connection:
+            known = connection.execute(asked).scalar()
+        return None if known is None else str(known)
+
     def amend(self, name: str, content: str, *, before: str) -> str:
         """What holds under `name`: `content` in place of `before`, or what another process put there."""
         table = tables.facts

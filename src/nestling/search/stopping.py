@@ -38,10 +38,11 @@ class Stopping:
     """Looks at trials as they come, and remembers how far it has looked.
 
     What it finds follows from the trials in their order alone: every process of a search, and one that
-    continues it, ends it at the same trial. The gain is that of the front's hypervolume over a quarter of
-    the trials, at least 20, as a part of the hypervolume that there is now, both measured from a
-    little beyond the worst of all feasible trials. A search is not stopped before a half of its trials
-    are outside of that window, nor before any keeps the limits.
+    continues it, ends it at the same trial; `Ending` holds to it where metrics are taken again later. The
+    gain is that of the front's hypervolume over a quarter of the trials, at least 20, as a part of the
+    hypervolume that there is now, both measured from a little beyond the worst of all feasible trials. A
+    search is not stopped before a half of its trials are outside of that window, nor before any keeps the
+    limits.
 
     Attributes:
         problem: what is searched.

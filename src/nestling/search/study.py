@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from nestling.search.ending import Ending
 from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.opening import open_queue
@@ -96,7 +97,7 @@ def search(
     stopping = Stopping(problem, stop_below)
 
     with open_queue(problem, storage, name, about=about, lease_seconds=lease_seconds) as queue:
-        record = queue.record
+        record, ending = queue.record, Ending(queue, stopping)
         told = len(record.trials)
         check_smallest(problem, record.trials)
         queue.offer(_first_archs(problem, warm_start, seeds))
@@ -105,7 +106,7 @@ def search(
             while True:
                 told = _tell(record, told, on_trial)
                 check_smallest(problem, record.trials)
-                if stopping.look(record.trials) is not None:
+                if ending.look(record.trials) is not None:
                     return record.result
                 if isinstance(todo, Task):
                     outcome = _evaluate(problem, evaluate, todo.arch, clock=clock)
@@ -145,7 +146,7 @@ def watch(
     wanted = min(trials, problem.space.size)
     stopping = Stopping(problem, stop_below)
     with open_queue(problem, storage, name, about=about) as queue:
-        record = queue.record
+        record, ending = queue.record, Ending(queue, stopping)
         check_smallest(problem, record.trials)
         queue.keep_watch()
 
@@ -159,7 +160,7 @@ def watch(
             return len(record.result.complete) + len(record.result.failed)
 
         with queue.renewing():
-            while (done := look()) < wanted and stopping.look(record.trials) is None:
+            while (done := look()) < wanted and ending.look(record.trials) is None:
                 try:
                     while_waiting(done)
                 except Exception:

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nestling.search import Metrics, Problem, Stopping, Trial, search, stopping, watch
+from nestling.search import (
+    Metrics,
+    Problem,
+    Stopping,
+    Trial,
+    change_limits,
+    correct_trial,
+    load_result,
+    load_stop,
+    search,
+    stopping,
+    watch,
+)
 from nestling.search.stopping import gained
 from nestling.space import Arch, SearchSpace
 
@@ -61,8 +74,8 @@ def test_a_part_that_is_none_is_refused(problem: Problem, below: float) -> None:
         Stopping(problem, below)
 
 
-def never(arch: Arch) -> Metrics:
-    raise AssertionError(f"{arch.key} is evaluated")
+def never(asked: Arch | int) -> Any:
+    raise AssertionError(f"{asked} is asked for")
 
 
 def test_a_search_ends_there_is_not_continued_and_leaves_nothing_begun(
@@ -76,6 +89,32 @@ def test_a_search_ends_there_is_not_continued_and_leaves_nothing_begun(
     on = run(toy, trials=len(stopped.trials) + 2)
     assert on.trials[:-2] == stopped.trials
     assert len({trial.arch for trial in on.complete}) == len(on.trials)
+
+
+def test_an_end_holds_where_metrics_are_taken_again_until_something_else_is_asked_for(
+    problem: Problem, toy: Callable[[Arch], Metrics], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "LEAST_WINDOW", 5)
+    where: Any = {"storage": file, "name": "toy"}
+    run = partial(search, problem, storage=file, name="toy", strategy="random", trials=100)
+    assert load_stop(problem, 0.5, **where) is None
+    stopped = run(toy, stop_below=0.5)
+    found = load_stop(problem, 0.5, **where)
+    assert found == Stopping(problem, 0.5).look(stopped.trials)
+    for trial in stopped.trials[:-5]:  # all that came last beats whatever was there before
+        correct_trial(problem, trial, {"top1": 0.01, "latency_ms": 1e3 + trial.number}, **where)
+    corrected = load_result(problem, **where)
+    assert Stopping(problem, 0.5).look(corrected.trials) is None
+    assert run(never, stop_below=0.5).trials == corrected.trials
+    assert watch(problem, **where, trials=100, stop_below=0.5, while_waiting=never).trials == corrected.trials
+    assert load_stop(problem, 0.5, **where) == found
+    assert load_stop(problem, 0.4, **where) is None
+    limited = Problem.parse(problem.space, objectives=["top1", "latency_ms"], limits={"latency_ms": 1e5})
+    change_limits(limited, **where)
+    assert load_stop(limited, 0.5, **where) is None
+    more = len(stopped.trials) + 1
+    on = search(limited, toy, storage=file, name="toy", strategy="random", trials=more, stop_below=0.5)
+    assert len(on.trials) == more
 
 
 def test_who_watches_sees_the_end_as_well(
