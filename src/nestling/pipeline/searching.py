@@ -34,6 +34,7 @@ from nestling.search import (
     suspects,
     watch,
 )
+from nestling.search.proposing import PLANNED
 from nestling.space import Arch
 
 REUSED = {"top1_partial": 0.0, "top1_reused": 1.0}
@@ -78,6 +79,12 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
         listener.note(
             f"the search has ended early: {stop}, less than search.stop_below ({below:.2%}); "
             "`--set search.stop_below=0` goes on"
+        )
+    tried, wanted = len(result.complete) + len(result.failed), bench.config.search.trials
+    if bench.config.search.strategy in PLANNED and stop is None and tried < min(wanted, bench.space.size):
+        listener.note(
+            f"{bench.config.search.strategy} has come to the end of its plan: {tried} candidates are "
+            f"evaluated, not {wanted}; another `search.strategy` goes on"
         )
     for told in result.unmet:
         listener.note(told)

@@ -16,6 +16,8 @@ from nestling.search.samplers import check_sampler
 from nestling.space import Arch
 
 DEFAULT = "predictor"
+PLANNED = ("sorted_net",)
+"""Those that name what they have in mind and no more, and so end a search before it has all its trials."""
 
 
 class Proposer(Protocol):
@@ -26,7 +28,7 @@ class Proposer(Protocol):
     ) -> list[Arch]:
         """`count` archs, different from each other, from those tried and from those pending.
 
-        Fewer where the space has no more that are unknown (or the proposer's plan has come to its end);
+        Fewer where the space has no more that are unknown, or none where a proposer of `PLANNED` is done;
         the same for the same trials, pending archs and seed.
         """
         ...

@@ -17,7 +17,7 @@ from nestling.search.ending import Ending
 from nestling.search.losses import Exact
 from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.opening import open_queue
-from nestling.search.proposing import DEFAULT, Proposer, make_proposer, usual_batch
+from nestling.search.proposing import DEFAULT, PLANNED, Proposer, make_proposer, usual_batch
 from nestling.search.queue import LEASE_SECONDS, Proposing, Task
 from nestling.search.record import Record, read_record
 from nestling.search.result import SearchResult, Trial
@@ -59,9 +59,10 @@ def search(
     """Everything that was tried, once `trials` different archs are evaluated, those stored before included.
 
     Begins with the smallest and the largest arch, `warm_start` archs spread between them, and `seeds`. Where
-    the space has fewer archs than `trials`, the search ends when all are known. Any number of processes may
-    search one study at once, each with a call of its own: no arch is evaluated by two, unless one of them was
-    silent for `lease_seconds`, and none is recorded twice.
+    the space has fewer archs than `trials`, the search ends when all are known; with a strategy that has a
+    plan, at the latest when that is done. Any number of processes may search one study at once, each with a
+    call of its own: no arch is evaluated by two, unless one of them was silent for `lease_seconds`, and none
+    is recorded twice.
 
     Args:
         problem: the space, what to improve, what to keep.
@@ -113,7 +114,13 @@ def search(
                     todo = queue.next(wanted, outcome=(todo, outcome))
                 elif isinstance(todo, Proposing):
                     size = batch or usual_batch(strategy, tried=len(record.trials), population=population)
-                    proposals = _proposals(proposer, record.result, todo, batch=size, seed=seed)
+                    proposals = _proposals(
+                        proposer, record.result, todo, batch=size, seed=seed, planned=strategy in PLANNED
+                    )
+                    if not proposals and not todo.pending:
+                        return record.result
+                    if not proposals:  # what others evaluate may come back to this process
+                        time.sleep(POLL_SECONDS)
                     todo = queue.next(wanted, proposals=proposals)
                 elif todo.done:
                     return record.result
@@ -131,14 +138,14 @@ def watch(
     stop_below: float = 0.0,
     about: Mapping[str, str] | None = None,
     on_trial: Callable[[Trial, SearchResult], None] | None = None,
-    while_waiting: Callable[[int], None],
+    while_waiting: Callable[[int], bool],
 ) -> SearchResult:
-    """Everything that was tried, once other processes have evaluated `trials` different archs.
+    """Everything that was tried, once other processes have evaluated `trials` different archs, or are done.
 
     Args:
         problem, storage, name, trials, stop_below, about, on_trial: as of `search`.
-        while_waiting: called again and again with the number of archs that are evaluated; what it raises
-            ends the watch.
+        while_waiting: called again and again with the number of archs that are evaluated: whether others are
+            at work still; what it raises ends the watch.
 
     Raises:
         Exception: as `search`.
@@ -162,10 +169,13 @@ def watch(
         with queue.renewing():
             while (done := look()) < wanted and ending.look(record.trials) is None:
                 try:
-                    while_waiting(done)
+                    working = while_waiting(done)
                 except Exception:
                     look()  # which tells more than that others have ended, where a limit cannot be kept
                     raise
+                if not working:  # as their strategy has come to the end of its plan
+                    look()
+                    break
                 time.sleep(POLL_SECONDS)
         return record.result
 
@@ -206,9 +216,12 @@ def _first_archs(problem: Problem, warm_start: int, seeds: Sequence[Arch]) -> li
 
 
 def _proposals(
-    proposer: Proposer, result: SearchResult, turn: Proposing, *, batch: int, seed: int
+    proposer: Proposer, result: SearchResult, turn: Proposing, *, batch: int, seed: int, planned: bool
 ) -> list[Arch]:
-    """At most `batch` archs that nobody tried or tries, in the order in which they are to be evaluated."""
+    """At most `batch` archs that nobody tried or tries, in the order in which they are to be evaluated.
+
+    None where the space has no more, or where the proposer has `planned` what it does and is done.
+    """
     rng = random.Random(f"{seed}/{turn.position}")
     taken = {*(trial.arch for trial in result.trials), *turn.pending}
     count = min(batch, result.problem.space.size - len(taken))
@@ -218,8 +231,10 @@ def _proposals(
         result.problem, result.trials, pending=turn.pending, count=count, seed=rng.getrandbits(31)
     )
     new = [arch for arch in dict.fromkeys(found) if arch not in taken][:count]
+    if new or planned:
+        return new
     # a proposer that is out of ideas must not end the search
-    return new or [_unknown(result, taken, rng)]
+    return [_unknown(result, taken, rng)]
 
 
 def _evaluate(

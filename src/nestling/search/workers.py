@@ -44,8 +44,8 @@ class Workers:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._lost = self._finished_before = 0
 
-    def check(self, finished: int) -> None:
-        """Starts anew what was killed, `finished` candidates being finished by now.
+    def check(self, finished: int) -> bool:
+        """Starts anew what was killed, `finished` candidates being finished by now: whether any is at work.
 
         Raises:
             WorkersLost: a worker ended with an error, or all are killed again and again.
@@ -66,6 +66,7 @@ class Workers:
                     f"in {self._logs}"
                 )
             self._start(number)
+        return any(process.poll() != 0 for process in self._processes.values())
 
     def __enter__(self) -> Self:
         self._logs.mkdir(exist_ok=True)

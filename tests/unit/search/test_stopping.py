@@ -123,7 +123,7 @@ def test_who_watches_sees_the_end_as_well(
     monkeypatch.setattr(stopping, "LEAST_WINDOW", 5)
     stopped = search(problem, toy, storage=file, name="toy", strategy="random", trials=100, stop_below=0.5)
 
-    def waiting(done: int) -> None:
+    def waiting(done: int) -> bool:
         raise InterruptedError(f"{done} are done")
 
     seen = partial(watch, problem, storage=file, name="toy", trials=100, while_waiting=waiting)

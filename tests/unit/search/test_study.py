@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -23,9 +25,13 @@ from nestling.search import (
     StudyMismatch,
     Trial,
     load_result,
+    make_proposer,
     search,
     spread_along_front,
+    watch,
 )
+from nestling.search.opening import open_queue
+from nestling.search.queue import Queue, Task
 from nestling.space import Arch, Choice, SearchSpace
 
 Evaluate = Callable[[Arch], Metrics]
@@ -211,6 +217,48 @@ def test_a_search_that_is_interrupted_anywhere_goes_on_as_if_it_had_not_been(
     assert [trial.arch for trial in result.trials] == [trial.arch for trial in whole.trials]
     assert [trial.state for trial in result.trials] == [trial.state for trial in whole.trials]
     assert len(evaluated) == len(set(evaluated)) == 13
+
+
+def test_a_search_with_a_plan_ends_with_it_once_others_have_ended_theirs(
+    problem: Problem, toy: Evaluate, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_proposer("sorted_net", problem).propose(problem, [], pending=[], count=99, seed=0)
+    theirs = next(arch for arch in problem.space.walk() if arch not in chain)
+    tried: list[Arch] = []
+
+    def evaluate(arch: Arch) -> Metrics:
+        tried.append(arch)
+        return toy(arch)
+
+    run = partial(search, problem, evaluate, storage=file, name="toy", strategy="sorted_net", warm_start=4)
+    with open_queue(problem, file, "toy") as queue:
+        another = Queue(queue.record, owner="another")
+        another.offer([theirs])
+        task = another.next(99)
+        assert isinstance(task, Task)
+
+        def sleep(_: float) -> None:
+            assert set(tried) == set(chain)
+            another.next(1, outcome=(task, Trial(0, theirs, toy(theirs), "complete")))
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        result = run(trials=99)
+    assert {trial.arch for trial in result.complete} == {*chain, theirs}
+    assert run(trials=99).trials == result.trials
+    assert len(tried) == len(chain)
+    more = len(chain) + 4
+    assert len(search(problem, toy, storage=file, name="toy", strategy="random", trials=more).trials) == more
+
+
+def test_who_watches_a_search_with_a_plan_sees_its_end(problem: Problem, toy: Evaluate, file: Path) -> None:
+    def work(done: int) -> bool:
+        if done == 0:
+            search(problem, toy, storage=file, name="toy", strategy="sorted_net", trials=99)
+        return False
+
+    result = watch(problem, storage=file, name="toy", trials=99, while_waiting=work)
+    assert result.trials == load_result(problem, storage=file, name="toy").trials
+    assert 0 < len(result.trials) < 99
 
 
 def test_another_seed_tries_other_archs(

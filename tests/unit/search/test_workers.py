@@ -57,9 +57,20 @@ def lives(pid: int) -> bool:
 def test_workers_end_with_their_starter(tmp_path: Path) -> None:
     with workers(tmp_path, UNTIL_INPUT_ENDS, 2) as running:
         processes = started(tmp_path, 2)
-        running.check(0)
+        assert running.check(0)
         assert all(map(lives, processes))
     assert not any(map(lives, processes))
+
+
+def test_workers_are_at_work_until_the_last_has_come_to_its_end(tmp_path: Path) -> None:
+    with workers(tmp_path, "", 2) as running:
+        while running.check(0):
+            time.sleep(0.002)
+    with workers(tmp_path, UNTIL_INPUT_ENDS) as running:
+        [process] = started(tmp_path, 1)
+        assert running.check(0)
+        os.kill(process, signal.SIGKILL)
+        assert running.check(0)  # it is started again
 
 
 def test_a_worker_that_is_killed_is_started_again(tmp_path: Path) -> None:
