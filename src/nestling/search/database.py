@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -223,11 +224,33 @@ def _begin(path: Path, prepare: Callable[[Database], None]) -> None:
         made.lay_out()
         prepare(made)
         made.close()
-        temporary.chmod(0o644)
-        with suppress(FileExistsError):  # another process was faster, and its file is as good
+        with suppress(OSError):  # file systems without rights refuse what they cannot keep
+            temporary.chmod(0o644)
+        try:
             path.hardlink_to(temporary)
+        except FileExistsError:  # another process was faster, and its file is as good
+            pass
+        except OSError:  # exFAT, SMB and some of FUSE know no links
+            _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Gives the file `temporary` the name `path`, unless there is a file of that name."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a network's file system may know no locks either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not path.exists():  # a rename would replace it
+            temporary.rename(path)
+    except OSError as error:
+        raise StudyUnavailable(
+            f"{path} cannot be made: {error.strerror}; give the path of a file on another file system, or a "
+            "database's URL, by `--study`"
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _engine(url: sa.URL) -> sa.Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 from contextlib import closing
@@ -127,6 +128,42 @@ def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path: Path, empt
     database = Database(file, prepare=late)
     with database.reading() as connection:
         assert connection.execute(sa.text("select study_name from studies")).scalar() == "theirs"
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_a_file_is_made_where_the_file_system_knows_neither_links_nor_rights(
+    tmp_path: Path, empty_study_file: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "not here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    file = tmp_path / "study.db"
+    Database(file, prepare=lambda _: None).close()
+    with closing(sqlite3.connect(file)) as made:
+        assert made.execute("SELECT count(*) FROM trials").fetchall() == [(0,)]
+    assert list(tmp_path.iterdir()) == [file]
+    other = tmp_path / "other.db"
+
+    def overtaken(_: Database) -> None:
+        other.write_bytes(empty_study_file.read_bytes() + b"theirs")
+
+    Database(other, prepare=overtaken).close()
+    assert other.read_bytes().endswith(b"theirs")
+
+
+def test_a_file_that_cannot_take_its_name_is_told_with_what_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StudyUnavailable, match=r"study.db cannot be made: Operation not permitted.*--study"):
+        Database(tmp_path / "study.db", prepare=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tables_of_another_version_of_optuna_are_told(empty_study_file: Path, tmp_path: Path) -> None:
