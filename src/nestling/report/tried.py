@@ -10,11 +10,8 @@ import numpy as np
 
 from nestling.report.content import ReportContent, TriedArch, is_idle
 from nestling.report.plot import Point
-from nestling.search import Limit, hypervolume
+from nestling.search import BEYOND_WORST, Limit, hypervolume
 from nestling.space import Choice, Value
-
-BEYOND_WORST = 0.1
-"""How far the hypervolume's reference lies beyond the worst trial, in spans, so that its ends count too."""
 
 
 @dataclass(frozen=True, slots=True)

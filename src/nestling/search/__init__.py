@@ -7,7 +7,7 @@ from nestling.search.guided import batch_size
 from nestling.search.limits import change_limits, parse_limits
 from nestling.search.objectives import InfeasibleLimit, Limit, Metrics, Objective, Problem, check_limits
 from nestling.search.opening import agree, amend, evaluated, suspects
-from nestling.search.pareto import hypervolume, nondominated
+from nestling.search.pareto import BEYOND_WORST, hypervolume, nondominated
 from nestling.search.proposing import Proposer, make_proposer
 from nestling.search.result import SearchResult, Trial, spread_along_front
 from nestling.search.samplers import check_sampler, make_sampler
@@ -16,6 +16,7 @@ from nestling.search.study import EvaluationFailed, load_result, search, watch
 from nestling.search.workers import Workers, WorkersLost, end_with_input
 
 __all__ = [
+    "BEYOND_WORST",
     "EvaluationFailed",
     "InfeasibleLimit",
     "Limit",

@@ -21,12 +21,11 @@ from nestling.search.encoding import Codes, Encoding, anything, unlike
 from nestling.search.objectives import Problem
 from nestling.search.result import Trial
 from nestling.search.samplers import directions, distributions, make_sampler, quiet
+from nestling.search.tables import violations
 from nestling.space import Arch
 
 REPEATED = 20
 """Known archs that a sampler may propose for each that is wanted, before random ones take their place."""
-FAILED_VIOLATION = 1.0
-"""The constraint of a trial without metrics: it must never count as feasible."""
 MO_CMA = "moocma"
 """Multi-objective CMA-ES, which OptunaHub has."""
 
@@ -86,10 +85,7 @@ class Asking:
                     distributions=asked,
                     values=[trial.metrics[o.name] for o in problem.objectives] if complete else None,
                     system_attrs={generation: finished // self.population},
-                    constraints={
-                        limit.metric: limit.violation(trial.metrics) if complete else FAILED_VIOLATION
-                        for limit in problem.limits
-                    },
+                    constraints=violations(problem, trial),
                 )
             )
             finished += complete

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
+BEYOND_WORST = 0.1
+"""How far a hypervolume's reference lies beyond the worst trial, in spans, so that the ends count too."""
 
 
 def nondominated(points: Points) -> NDArray[np.bool_]:

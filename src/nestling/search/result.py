@@ -22,7 +22,8 @@ class Trial:
         number: of the trial in the study.
         arch: what was tried.
         metrics: what was found; empty where it failed.
-        state: `complete`, `failed`, or `duplicate` of an earlier trial, whose metrics it has.
+        state: `complete` or `failed`; in studies of before there were queues also `duplicate` of an earlier
+            trial, whose metrics it has.
         reason: why it failed.
         seconds: what the evaluation took.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nestling.search.objectives import Problem
-from nestling.search.pareto import hypervolume
+from nestling.search.pareto import BEYOND_WORST, hypervolume
 from nestling.search.result import SearchResult, Trial
 
 LEAST_WINDOW = 20
@@ -17,8 +17,6 @@ WINDOW_PART = 4
 """... and of many trials every so manieth: the longer a search has gone, the rarer are its gains."""
 STEP = 5
 """After how many trials it is looked again."""
-BEYOND_WORST = 0.1
-"""How far the hypervolume's reference lies beyond the worst trial, in spans, so that its ends count too."""
 
 
 @dataclass(frozen=True, slots=True)

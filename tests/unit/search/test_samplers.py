@@ -1,4 +1,4 @@
-"""Samplers by name: found, refused early, quiet, and not changed by what makes them fast."""
+"""Samplers by name: found, refused early, and quiet."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 
 from nestling.search import Metrics, Problem, check_sampler, make_sampler, search
-from nestling.search.samplers import SteadySampler, distributions
 from nestling.space import Arch, Choice, SearchSpace
 
 
@@ -72,24 +69,3 @@ def test_optuna_says_nothing_and_its_verbosity_is_left_alone(
     finally:
         logging.getLogger("optuna").removeHandler(caplog.handler)
         optuna.logging.set_verbosity(logging.WARNING)
-
-
-@pytest.mark.parametrize("name", ["NSGAIISampler", "TPESampler", "NSGAIIISampler"])
-def test_a_steady_sampler_proposes_what_the_sampler_would(
-    problem: Problem, toy: Callable[[Arch], Metrics], name: str
-) -> None:
-    inferred: dict[str, BaseDistribution] = {}
-
-    def proposals(wrap: Callable[[BaseSampler], BaseSampler]) -> list[dict[str, object]]:
-        study = optuna.create_study(directions=["maximize", "minimize"])
-        asked = []
-        for number in range(25):
-            study.sampler = wrap(make_sampler(name, problem, seed=number, population=5))
-            trial = study.ask(distributions(problem))
-            metrics = toy(problem.space.canonical({**problem.space.smallest, **trial.params}))
-            study.tell(trial, [metrics["top1"], metrics["latency_ms"]])
-            asked.append(trial.params)
-        return asked
-
-    steady = proposals(lambda sampler: SteadySampler(sampler, inferred))
-    assert steady == proposals(lambda sampler: sampler)
