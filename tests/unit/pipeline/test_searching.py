@@ -19,7 +19,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint, Measurement
 from nestling.quant import QuantPolicy, Unquantizable
 from nestling.run import Run, RunError
-from nestling.search import EvaluationFailed, SearchResult
+from nestling.search import EvaluationFailed, SearchResult, search
 from nestling.search.database import Database
 from nestling.search.lost import RETRIES
 from nestling.search.queue import Queue, Task
@@ -83,6 +83,36 @@ def test_a_search_that_was_lost_with_one_candidate_again_and_again_goes_on_under
     search_supernet(bench, listener=Silent())
     assert called == [how]
     assert bench.run.study_file.exists() == (losses > 0)  # asking begins none
+
+
+@pytest.mark.parametrize(("strategy", "told"), [("sorted_net", True), ("random", False)])
+def test_a_plan_that_came_to_its_end_is_told_with_what_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, told: bool
+) -> None:
+    overrides = [f'search.strategy="{strategy}"', 'search.objectives=["top1", "mmacs"]']
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml", overrides=overrides)))
+    where = study_place(bench)
+
+    def run(*_: object) -> SearchResult:
+        metrics = {"top1": 0.5, "mmacs": 1.0}
+        return search(
+            problem(bench),
+            lambda _: metrics,
+            storage=where.storage,
+            name=where.name,
+            trials=bench.config.search.trials,
+            strategy=strategy,
+            about=about(bench),
+        )
+
+    monkeypatch.setattr(searching, "_search", run)
+    monkeypatch.setattr(Workbench, "check_trained", lambda _: None)
+    notes: list[str] = []
+    listener: Any = SimpleNamespace(stage=lambda _: None, note=notes.append)
+    tried = len(search_supernet(bench, listener=listener).trials)
+    said = f"sorted_net has come to the end of its plan: {tried} candidates are evaluated, not 8"
+    assert (tried < 8) is told
+    assert any(note.startswith(said) for note in notes) is told
 
 
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable, ValueError])
