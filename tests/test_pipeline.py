@@ -493,11 +493,17 @@ def test_a_search_for_another_device_takes_accuracies_over_and_measures_latencie
     finished: Path, tmp_path: Path
 ) -> None:
     listener, folder = Listening(), tmp_path / "beside"
+    shutil.copytree(finished, tmp_path / "other")
+    finished = tmp_path / "other"
+    images = json.loads((finished / "data.json").read_text())
+    assert images.pop("few") == "drawn"
+    (finished / "data.json").write_text(json.dumps(images))  # as a run of before has it
     asked = ["search.trials=4", f"search.warm_from={json.dumps(str(finished))}"]
     with pytest.raises(RunError, match=r"cannot have another train\.lr"):
         pipeline.begin_from(folder, other=finished, overrides=[*asked, "train.lr=0.3"], listener=listener)
     asked += ['profile.device="ort:cpu?threads=2"', "search.warm_start=0"]
     bench = pipeline.begin_from(folder, other=finished, overrides=asked, listener=listener)
+    assert json.loads((folder / "data.json").read_text()) == images | {"few": "first"}
     result = pipeline.search_supernet(bench, listener=listener)
     bench.close()
     there = pipeline.searched(pipeline.open_run(finished))

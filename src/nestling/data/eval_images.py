@@ -78,7 +78,8 @@ class EvalImages:
     def take(self, count: int) -> EvalImages:
         """The first `count` images when classes take turns: as many of one class as of another.
 
-        A smaller `take` is the beginning of a larger one.
+        A smaller `take` is the beginning of a larger one where both hold every class. One that is too small
+        for that holds classes that were drawn, always the same.
 
         Raises:
             DataError: fewer images than that, or `count` below 1.
@@ -86,7 +87,7 @@ class EvalImages:
         _at_least_one(count=count)
         if count > len(self):
             raise DataError(f"{count} images asked for, there are {len(self)}; ask for at most that many")
-        chosen = balanced(self.labels)[:count]
+        chosen = balanced(self.labels, count)
         return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
 
     def portions(self, ends: Sequence[int], *, seed: int) -> tuple[EvalImages, ...]:

@@ -13,7 +13,7 @@ from nestling.data.eval_images import EvalImages
 from nestling.data.images import PixelArray, fit_all, usual_side
 from nestling.data.pixels import Colours, DataError, derive_seed, measure_colours
 from nestling.data.sources import Labelled, open_source
-from nestling.data.splits import balanced, proportional
+from nestling.data.splits import Few, balanced, proportional
 from nestling.data.train_images import TrainImages
 
 _IN_MEMORY_SIDE = 96
@@ -49,8 +49,13 @@ class Data:
         return self._test
 
 
-def load_data(config: DataConfig, *, seed: int) -> Data:
+def load_data(config: DataConfig, *, seed: int, few: Few = "drawn") -> Data:
     """The images that `config` asks for, split by `seed`.
+
+    Args:
+        config: the source, and how many images each split has.
+        seed: of all that is drawn.
+        few: which classes a part has that holds fewer images than there are classes.
 
     Raises:
         DataError: no such source, a damaged image, an empty class, a missing column or split, or fewer images
@@ -60,12 +65,13 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
     rest, test = source.train, source.test
     if test is None:
         count = round(len(rest) * config.test_fraction)
-        rest, test = _cut(rest, count, key=f"test_fraction = {config.test_fraction}", seed=seed)
-    train, search = _cut(rest, config.search_images, key=f"search_images = {config.search_images}", seed=seed)
+        rest, test = _cut(rest, count, key=f"test_fraction = {config.test_fraction}", seed=seed, few=few)
+    key = f"search_images = {config.search_images}"
+    train, search = _cut(rest, config.search_images, key=key, seed=seed, few=few)
     if config.train_images is not None:
-        train = _spread(train, config.train_images, key="train_images", seed=seed)
+        train = _spread(train, config.train_images, key="train_images", seed=seed, few=few)
     if config.test_images is not None:
-        test = _spread(test, config.test_images, key="test_images", seed=seed)
+        test = _spread(test, config.test_images, key="test_images", seed=seed, few=few)
 
     size = config.size or source.side or usual_side(source.train.images)
     mean, std = _IMAGENET_COLOURS
@@ -88,6 +94,7 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
             std=std,
             seed=seed,
             workers=config.workers,
+            few=few,
         ),
         search=EvalImages(search.images, search.labels, source.classes, mean, std),
         fingerprint=_fingerprint(source.classes, size, (train, search, test)),
@@ -95,23 +102,23 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
     )
 
 
-def _cut(part: Labelled, count: int, *, key: str, seed: int) -> tuple[Labelled, Labelled]:
+def _cut(part: Labelled, count: int, *, key: str, seed: int, few: Few) -> tuple[Labelled, Labelled]:
     """`part` without `count` images, and those images: the classes in proportion, one image of each left."""
-    order = proportional(part.labels, rng=_rng(seed, key.partition(" ")[0]))
-    if not 1 <= count <= len(order):
+    most = len(part) - len(np.unique(part.labels))
+    if not 1 <= count <= most:
         raise DataError(
-            f"data.{key} takes {count} of {len(part)} training images; it must take 1 to {len(order)}, so "
+            f"data.{key} takes {count} of {len(part)} training images; it must take 1 to {most}, so "
             "that one image of each class is left to train on"
         )
-    chosen = order[:count]
+    chosen = proportional(part.labels, count, rng=_rng(seed, key.partition(" ")[0]), few=few)
     return part.select(np.setdiff1d(np.arange(len(part)), chosen)), part.select(chosen)
 
 
-def _spread(part: Labelled, count: int, *, key: str, seed: int) -> Labelled:
+def _spread(part: Labelled, count: int, *, key: str, seed: int, few: Few) -> Labelled:
     """`count` images of `part`, as many of one class as of another, in their old order."""
     if count > len(part):
         raise DataError(f"data.{key} = {count}, but there are {len(part)}; ask for at most that many")
-    return part.select(np.sort(balanced(part.labels, rng=_rng(seed, key))[:count]))
+    return part.select(np.sort(balanced(part.labels, count, rng=_rng(seed, key), few=few)))
 
 
 def _rng(seed: int, key: str) -> np.random.Generator:

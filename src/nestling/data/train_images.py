@@ -17,7 +17,7 @@ from nestling.data.batch import Batch
 from nestling.data.eval_images import EvalImages
 from nestling.data.images import Images, PixelArray
 from nestling.data.pixels import DataError, derive_seed, fit
-from nestling.data.splits import Indices, balanced
+from nestling.data.splits import Few, Indices, balanced
 
 _Raw = tuple[Tensor, Tensor]
 """uint8 images `(N, 3, S, S)` and their labels."""
@@ -36,6 +36,7 @@ class TrainImages:
         size: the side in px of the images in a batch.
         workers: loader processes, for images on disk; 0 reads in this process.
         part: which part of each batch is given, counted from 0, and of how many.
+        few: which classes `calibration` has where it gives fewer images than there are classes.
     """
 
     images: Images = field(repr=False)
@@ -47,6 +48,7 @@ class TrainImages:
     seed: int
     workers: int
     part: tuple[int, int] = (0, 1)
+    few: Few = "drawn"
 
     def divided(self, part: int, *, of: int) -> TrainImages:
         """These images, of whose batches part number `part` of `of` is given: the others' are not even read.
@@ -124,7 +126,7 @@ class TrainImages:
         if not 1 <= count <= len(self):
             raise DataError(f"{count} training images asked for; ask for 1 to {len(self)}")
         rng = np.random.default_rng(derive_seed(self.seed, "calibration"))
-        chosen = balanced(self.labels, rng=rng)[:count]
+        chosen = balanced(self.labels, count, rng=rng, few=self.few)
         return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
 
     def _from_memory(self, order: _Order, device: torch.device) -> Iterator[_Raw]:

@@ -177,6 +177,9 @@ def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener:
         raise RunError(
             f"a run with the supernet of {other} cannot have another {', '.join(fixed)}; train one of its own"
         )
+    if not Run(folder).config_file.exists():  # its images are those of the source, as they were split then
+        folder.mkdir(parents=True, exist_ok=True)
+        Run(folder).write_json("data.json", source.run.read_json("data.json"))
     bench = prepare(config, folder, listener=listener)
     copied = folder / "training.copied"
     if not bench.checkpoints.exists():

@@ -190,8 +190,8 @@ def _device_facts(reference: Mapping[str, Any]) -> dict[str, str]:
 def _data_facts(bench: Workbench) -> dict[str, str]:
     config = bench.config.data
     facts = {"source": config.source, "augmentation": config.augment}
-    stored = bench.run.read_json("data.json")
-    return facts | {key: str(value) for key, value in (stored or {}).items()}
+    stored = bench.run.read_json("data.json") or {}
+    return facts | {key: str(value) for key, value in stored.items() if key != "few"}
 
 
 def _notes(members: list[dict[str, Any]], result: SearchResult | None) -> list[str]:
@@ -232,4 +232,5 @@ def data_facts(bench: Workbench) -> dict[str, Any]:
         "training images": len(data.train),
         "search images": len(data.search.labels),
         "fingerprint": data.fingerprint,
+        "few": data.train.few,
     }

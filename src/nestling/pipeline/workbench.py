@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nestling.config import ConfigError
 from nestling.data import Data, EvalImages, load_data
+from nestling.data.splits import Few
 from nestling.models.building import build_shapes
 from nestling.models.compiling import Call
 from nestling.models.cost import cost
@@ -71,9 +72,12 @@ class Workbench:
         sides = next((c.values for c in self._bare_space.choices if c.name == "resolution"), ())
         if config.size is None and sides:
             config = config.model_copy(update={"size": max(int(side) for side in sides)})
-        data = load_data(config, seed=self.config.seed)
-        begun_with = (self.run.read_json("data.json") or {}).get("fingerprint", data.fingerprint)
-        if begun_with != data.fingerprint:
+        begun = self.run.read_json("data.json")
+        few: Few = (
+            "drawn" if begun is None else begun.get("few", "first")
+        )  # the first, before it was written down
+        data = load_data(config, seed=self.config.seed, few=few)
+        if begun is not None and begun["fingerprint"] != data.fingerprint:
             raise RunError(
                 f"the images of {config.source} are no longer those that {self.run.folder} began with: "
                 "its test images may now be among those it learnt from; begin a new run"
