@@ -36,12 +36,14 @@ class Taught:
         on_labels: each one's loss on the labels, whether it learns from them or not.
         gaps: how much greater the labels' loss was than the largest's, by the name under which it is
             remembered; the mean where several visits have one name.
+        classes: how many logits there were.
     """
 
     archs: tuple[Arch, ...]
     losses: tuple[float, ...]
     on_labels: tuple[float, ...]
     gaps: Mapping[str, float]
+    classes: int
 
 
 def _as_it_is(losses: Tensor) -> Tensor:
@@ -92,7 +94,9 @@ def teach(
     for (name, _), value in zip(lesson.gaps, values[2 * count :], strict=True):
         gaps.setdefault(name, []).append(value)
     means = {name: sum(each) / len(each) for name, each in gaps.items()}
-    return Taught(tuple(lesson.archs), tuple(values[:count]), tuple(values[count : 2 * count]), means)
+    losses, on_labels = tuple(values[:count]), tuple(values[count : 2 * count])
+    classes = next(iter(lesson.soft_labels.values())).shape[-1]
+    return Taught(tuple(lesson.archs), losses, on_labels, means, classes)
 
 
 def remember(memory: Mapping[str, float], gaps: Mapping[str, float]) -> dict[str, float]:

@@ -217,7 +217,7 @@ def train(
             averaged.update()
 
         recent.append(losses[0])
-        watch.note(visits, taught.on_labels)
+        watch.note(visits, taught.on_labels, classes=taught.classes)
         done = step + 1
         spoilt = [loss for loss in losses if not math.isfinite(loss)]
         if spoilt:

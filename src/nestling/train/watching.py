@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from nestling.train.strategies import Visit
 
 DIVERGED = 3.0
+KNOWS_NOTHING = 0.9
+"""Of the loss of who gives all classes the same probability. A network that has gone dead gives each its part
+of the labels, which is a little better where classes are not equally many."""
 RECENT_STEPS = 50
 
 
@@ -18,7 +22,8 @@ class Watch:
     What a visit learns from differs within a run, by kind and by weight; its loss on the labels means the
     same everywhere. Where a step visits another number of subnets than the one before, or others of them
     learn from soft labels, networks have joined that nobody trained before: what they begin with is then what
-    later steps are compared with.
+    later steps are compared with. That is one batch's loss, and tells little where it is next to nothing, as
+    of a network that is trained further: what runs away is also about as bad as who knows nothing.
 
     Args:
         state: what `state` gave, to go on from there.
@@ -30,9 +35,11 @@ class Watch:
         self.first: float | None = given["first"]
         """The mean of the first step of this kind."""
         self._recent: deque[float] = deque(given["recent"], maxlen=RECENT_STEPS)
+        self._bad = 0.0
 
-    def note(self, visits: Sequence[Visit], losses: Sequence[float]) -> None:
-        """Takes in a step: its visits, and of each the loss on the labels."""
+    def note(self, visits: Sequence[Visit], losses: Sequence[float], *, classes: int) -> None:
+        """Takes in a step: its visits, of each the loss on the labels, and how many `classes` these have."""
+        self._bad = KNOWS_NOTHING * math.log(classes)
         kind = "".join("s" if v.learns_from is not None or v.teacher else "l" for v in visits)
         mean = sum(losses) / len(losses)
         if kind != self._kind:
@@ -47,9 +54,9 @@ class Watch:
 
     @property
     def runs_away(self) -> bool:
-        """Whether so many steps have losses that are, on average, `DIVERGED` times the first's."""
+        """Whether so many steps have losses that are, on average, `DIVERGED` times the first's, and bad."""
         long_enough = len(self._recent) == self._recent.maxlen
-        return self.first is not None and long_enough and self.mean > DIVERGED * self.first
+        return self.first is not None and long_enough and self.mean > max(DIVERGED * self.first, self._bad)
 
     def state(self) -> dict[str, Any]:
         """What a `Watch` needs to go on from here."""
