@@ -114,6 +114,28 @@ def test_subnets_learn_from_labels_and_from_a_teacher_outside(
     assert {(v.learns_from, v.teacher, v.labels_weight, v.weight) for v in visits} == {(None, 2.0, 1.0, 1.0)}
 
 
+def test_runs_too_short_for_every_phase_have_their_teacher_when_it_is_asked(space: SearchSpace) -> None:
+    strategy = ProgressiveShrinking()
+    for steps in range(1, 60):
+        frozen = False
+        for step in range(steps):
+            progress = Progress(step, steps, 1)
+            freezes = strategy.freezes_teacher(progress)
+            assert not (frozen and freezes)
+            frozen |= freezes
+            taught = any(visit.teacher for visit in strategy.visits(space, progress, random.Random(0)))
+            assert taught == frozen
+
+
+def test_where_a_phase_has_no_step_channels_spare_what_the_last_one_with_steps_trained(
+    space: SearchSpace,
+) -> None:
+    strategy, steps = ProgressiveShrinking(), 10  # of which "expand 1" has none
+    sorted_at = [strategy.sorts_channels(space, Progress(step, steps, 1)) for step in range(steps)]
+    (part,) = (part for part in sorted_at if part is not None)
+    assert part == opened_part(space, (("kernel", 1_000), ("depth", 1_000)))
+
+
 def test_channels_are_sorted_before_each_phase_of_expansions_and_spare_what_is_trained(
     space: SearchSpace,
 ) -> None:

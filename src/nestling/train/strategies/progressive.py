@@ -130,14 +130,15 @@ class ProgressiveShrinking(Strategy):
 
     def sorts_channels(self, space: SearchSpace, progress: Progress) -> SearchSpace | None:
         """Before the first step of each phase that opens expansions: what the phase before it trained."""
-        index = self._begins(progress)
-        if index is None or not (self.sort_channels and self.phases[index].sorts):
+        index, before = self._phase(progress), self._phase_before(progress)
+        if index == before or not (self.sort_channels and self.phases[index].sorts):
             return None
-        return opened_part(space, tuple(self.phases[index - 1].opened.items()) if index else ())
+        return opened_part(space, () if before is None else tuple(self.phases[before].opened.items()))
 
     def freezes_teacher(self, progress: Progress) -> bool:
-        """When the first phase ends."""
-        return self.teacher == "frozen" and self._begins(progress) == 1
+        """When the first phase ends; in a run so short that it has no step, before the first step of all."""
+        begins = self._phase(progress) > 0 and self._phase_before(progress) in (0, None)
+        return self.teacher == "frozen" and begins
 
     def schedule(self, *, lr: float, warmup_steps: int, steps: int, steps_per_epoch: int) -> Schedule:
         """A cosine for each phase, the first of which warms up as long as it is told."""
@@ -153,10 +154,9 @@ class ProgressiveShrinking(Strategy):
         ends = list(accumulate(phase.epochs for phase in self.phases))
         return (0, *(round(end / ends[-1] * steps) for end in ends[:-1]))
 
-    def _begins(self, progress: Progress) -> int | None:
-        """The number of the phase whose first step it is."""
-        index = self._phase(progress)
-        return index if progress.step == self._starts(progress.steps)[index] else None
+    def _phase_before(self, progress: Progress) -> int | None:
+        """The number of the phase that the step before belongs to: short runs have phases without a step."""
+        return self._phase(replace(progress, step=progress.step - 1)) if progress.step else None
 
     def _phase(self, progress: Progress) -> int:
         return max(i for i, start in enumerate(self._starts(progress.steps)) if start <= progress.step)
