@@ -20,7 +20,7 @@ from typing import Any
 from nestling.config import ConfigError, TrainConfig
 from nestling.export import load_onnx, save_onnx, with_metadata
 from nestling.file_keys import file_key
-from nestling.pipeline.alone import new_weights, recipe_alone, train_network
+from nestling.pipeline.alone import alone_with, new_weights, recipe_alone, train_network
 from nestling.pipeline.candidate import write_candidate
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.measuring import score
@@ -61,6 +61,7 @@ class Tuning:
         teacher_weight: of the loss against the teacher's soft labels.
         labels_weight: of the loss against the labels.
         qat: how it is trained in its precisions, see `nestling.pipeline.quantized_training`; None: in floats.
+        constant_tail: whether its learning rate falls as a sandwich's may, with a constant tail.
     """
 
     from_scratch: bool
@@ -70,6 +71,7 @@ class Tuning:
     teacher_weight: float
     labels_weight: float
     qat: Method | None = None
+    constant_tail: bool = False
 
 
 def tuning(
@@ -112,6 +114,7 @@ def tuning(
         teacher_weight=(0.0 if who == NONE else 1.0) if teacher_weight is None else teacher_weight,
         labels_weight=1.0 if labels_weight is None else labels_weight,
         qat=qat,
+        constant_tail=from_scratch and alone_with(own).constant_tail,
     )
     for name in ("epochs", "lr", *(() if who == NONE else ("teacher_weight",))):
         value = asdict(asked)[name]
@@ -137,7 +140,8 @@ def finetuned_name(arch: Arch, asked: Tuning) -> str:
 
 def _settings(asked: Tuning) -> dict[str, Any]:
     """What was asked, by name; of what came later only what is set: names must stay as they were."""
-    return {name: value for name, value in asdict(asked).items() if name != "qat" or value is not None}
+    came_later = {"qat": None, "constant_tail": False}
+    return {name: value for name, value in asdict(asked).items() if (name, value) not in came_later.items()}
 
 
 def finetune(bench: Workbench, arch: Arch, asked: Tuning, *, listener: Listener) -> dict[str, Any]:
@@ -204,7 +208,9 @@ def _finetune(
         * (BACKWARD * bench.macs(arch) + (macs_of(teachers, bench.data.size) if teachers else 0))
     )
     listener.note(f"{name}: {steps:,} steps, {macs:.3g} MACs")
-    strategy = Alone(teacher=asked.teacher_weight, labels=asked.labels_weight)
+    strategy = Alone(
+        teacher=asked.teacher_weight, labels=asked.labels_weight, constant_tail=asked.constant_tail
+    )
     told = {"nestling.finetuned": json.dumps(_settings(asked))}
     if asked.qat is not None:
         candidate, spent = train_quantized(

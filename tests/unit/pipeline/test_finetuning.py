@@ -269,6 +269,20 @@ def test_from_scratch_without_a_teacher_is_training_alone(fresh: Workbench, tmp_
     assert same(handed_over(fresh, card), recalibrated(fresh, alone, arch))
 
 
+def test_from_scratch_the_learning_rate_falls_as_that_of_the_run_s_sandwich(
+    fresh: Workbench, tmp_path: Path
+) -> None:
+    arch, cosine = small(fresh), tuning(fresh, small(fresh), from_scratch=True, teacher="none", epochs=1)
+    sandwich = fresh.config.train.model_copy(update={"strategy": "sandwich"})
+    fresh.config = fresh.config.model_copy(update={"train": sandwich})
+    asked = tuning(fresh, arch, from_scratch=True, teacher="none", epochs=1)
+    assert finetuned_name(arch, asked) != finetuned_name(arch, cosine)
+    card = finetune(fresh, arch, asked, listener=Silent())
+    alone = train_alone(fresh, arch, epochs=1, folder=tmp_path, listener=Silent())
+    assert same(handed_over(fresh, card), recalibrated(fresh, alone, arch))
+    assert tuning(fresh, arch) == dataclasses.replace(tuning(fresh, arch), constant_tail=False)
+
+
 def test_precisions_are_those_of_the_arch(fresh: Workbench) -> None:
     arch = small(fresh, "w8a8")
     card = finetune(fresh, arch, tuning(fresh, arch, epochs=1), listener=Silent())
