@@ -126,6 +126,7 @@ def _tuned(card: Mapping[str, Any]) -> Tuned:
         unstable=card["unstable"],
         onnx_path=f"{folder}/{after['file']}",
         before_path=f"{folder}/{before['file']}",
+        qat=asked.get("qat"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from nestling.search import Limit, Objective
-from nestling.space import Choice, Value
+from nestling.space import Choice, Value, is_idle
 
 BYTES_PER_MB = 1_000_000
 
@@ -115,7 +115,7 @@ class Tuned:
     from_scratch: bool
     epochs: float
     teacher: str
-    """`largest`, `none`, or a model's name."""
+    """`largest`, `parent` (the network itself, in floats), `none`, or a model's name."""
     search_before: float
     search_after: float
     test_before: float
@@ -126,6 +126,8 @@ class Tuned:
     unstable: bool
     onnx_path: str
     before_path: str
+    qat: str | None = None
+    """How it was trained in its precisions, `lsq` or `ofq`; None: in floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +239,8 @@ class ReportContent:
 
     def idle(self, decisions: Mapping[str, Value]) -> set[str]:
         """The names of the choices that change nothing about the network that `decisions` describe."""
-        return {choice.name for choice in self.choices if is_idle(choice, decisions)}
+        by_name = {choice.name: choice for choice in self.choices}
+        return {name for name, choice in by_name.items() if is_idle(choice, decisions, choices=by_name)}
 
     def to_json(self) -> str:
         """The whole content as JSON; a number that is not finite is written as null."""
@@ -251,15 +254,6 @@ class ReportContent:
             ValueError: `text` is not JSON, or a field is missing or of another type; the message names it.
         """
         return _CONTENT.validate_json(text)
-
-
-def is_idle(choice: Choice, decisions: Mapping[str, Value]) -> bool:
-    """Whether `choice` changes nothing about the network that `decisions` describe."""
-    for need in choice.needs:
-        value = decisions.get(need.choice)
-        if isinstance(value, int | float) and value < need.at_least:
-            return True
-    return False
 
 
 _CONTENT: TypeAdapter[ReportContent] = TypeAdapter(ReportContent)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nestling.report.content import ReportContent, TriedArch, is_idle
+from nestling.report.content import ReportContent, TriedArch
 from nestling.report.plot import Point
 from nestling.search import BEYOND_WORST, Limit, hypervolume
 from nestling.space import Choice, Value
@@ -35,12 +35,16 @@ class Usage:
 
 def usages(content: ReportContent) -> list[Usage]:
     """One `Usage` for each open choice that both the candidates and the front decide, largest shift first."""
-    tried = [trial.decisions for trial in content.trials if trial.state == "complete"]
-    front = [trial.decisions for trial in content.trials if trial.state == "complete" and trial.on_front]
-    front = front or [member.decisions for member in content.members]
+    complete = [trial for trial in content.trials if trial.state == "complete"]
+    shown = [trial.decisions for trial in complete if trial.on_front]
+    shown = shown or [member.decisions for member in content.members]
+    tried = [_counting(content, trial.decisions) for trial in complete]
+    front = [_counting(content, decisions) for decisions in shown]
     found = []
     for choice in content.choices:
-        among_tried, among_front = _used(choice, tried), _used(choice, front)
+        among_tried, among_front = (
+            [arch[choice.name] for arch in archs if choice.name in arch] for archs in (tried, front)
+        )
         if among_tried and among_front:
             active = len(among_front) / len(front)
             found.append(Usage(choice, _shares(choice, among_tried), _shares(choice, among_front), active))
@@ -113,8 +117,9 @@ def failures(trials: Sequence[TriedArch]) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _used(choice: Choice, archs: Sequence[Mapping[str, Value]]) -> list[Value]:
-    return [arch[choice.name] for arch in archs if choice.name in arch and not is_idle(choice, arch)]
+def _counting(content: ReportContent, decisions: Mapping[str, Value]) -> dict[str, Value]:
+    idle = content.idle(decisions)
+    return {name: value for name, value in decisions.items() if name not in idle}
 
 
 def _shares(choice: Choice, used: Sequence[Value]) -> tuple[float, ...]:

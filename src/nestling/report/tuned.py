@@ -33,7 +33,10 @@ def table(content: ReportContent) -> Markup | None:
 def cells(tuned: Tuned) -> tuple[str, ...]:
     """What stands under `TITLES`, in words."""
     how = "from scratch" if tuned.from_scratch else "further"
-    taught = "" if tuned.teacher == "none" else f", taught by {tuned.teacher}"
+    if tuned.qat is not None:
+        how += f" in its precisions ({tuned.qat.upper()})"
+    teacher = "itself in floats" if tuned.teacher == "parent" else tuned.teacher
+    taught = "" if tuned.teacher == "none" else f", taught by {teacher}"
     test = (
         f"{percent(value, decimals=2)} ({percent_span(*interval)})"
         for value, interval in (

@@ -1,6 +1,6 @@
 """What can be built: choices, archs (one value for each choice) and search spaces. Imports no torch."""
 
-from nestling.space.arch import Arch, Choice, Need, Value
+from nestling.space.arch import Arch, Choice, Need, Value, is_idle
 from nestling.space.files import load_space, save_space, space_toml
 from nestling.space.search_space import SearchSpace, SpaceError
 
@@ -11,6 +11,7 @@ __all__ = [
     "SearchSpace",
     "SpaceError",
     "Value",
+    "is_idle",
     "load_space",
     "save_space",
     "space_toml",

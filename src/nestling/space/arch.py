@@ -45,6 +45,22 @@ class Choice:
             raise ValueError(f"choice {self.name!r} has a value that is not a number: {list(self.values)}")
 
 
+def is_idle(choice: Choice, decisions: Mapping[str, Value], *, choices: Mapping[str, Choice]) -> bool:
+    """Whether `choice` changes nothing under `decisions`, which decide what it needs.
+
+    What an idle choice is pinned to meets no need: a choice that needs an idle one is idle too. `choices`
+    tells by name what the needed ones need; one that is not among them needs nothing.
+    """
+    for need in choice.needs:
+        value = decisions[need.choice]
+        if not isinstance(value, int | float) or value < need.at_least:
+            return True
+        needed = choices.get(need.choice)
+        if needed is not None and is_idle(needed, decisions, choices=choices):
+            return True
+    return False
+
+
 @dataclass(frozen=True)
 class Arch(Mapping[str, Value]):
     """One point of a search space: a hashable mapping from choice name to value.

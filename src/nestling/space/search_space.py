@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from nestling.space.arch import Arch, Choice, Value
+from nestling.space.arch import Arch, Choice, Value, is_idle
 
 
 class SpaceError(ValueError):
@@ -84,17 +84,8 @@ class SearchSpace:
         return total
 
     def is_idle(self, choice: Choice, decisions: Mapping[str, Value]) -> bool:
-        """Whether `choice` changes nothing under `decisions`, which decide what it needs.
-
-        What an idle choice is pinned to meets no need: a choice that needs an idle one is idle too.
-        """
-        for need in choice.needs:
-            value = decisions[need.choice]
-            if not isinstance(value, int | float) or value < need.at_least:
-                return True
-            if self.is_idle(self.by_name[need.choice], decisions):
-                return True
-        return False
+        """Whether `choice` changes nothing under `decisions`, which decide what it needs."""
+        return is_idle(choice, decisions, choices=self.by_name)
 
     def canonical(self, decisions: Mapping[str, Value]) -> Arch:
         """The arch of `decisions`, idle choices pinned to their first value.

@@ -29,6 +29,7 @@ from nestling.pipeline.quantized_training import (
     macs,
 )
 from nestling.pipeline.stages import open_run
+from nestling.pipeline.summary import report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Device, connect
@@ -131,6 +132,7 @@ def test_a_network_trained_in_its_precisions_is_handed_over(tuned: tuple[Workben
         "card.json", "training.jsonl",
     }  # fmt: skip
     assert card["quantized"]
+    assert report_content(bench, None).tuned[0].qat == "lsq"
     assert card["finetuning"]["qat"] == "lsq"
     assert card["finetuning"]["teacher"] == "parent"
     assert card["sha256"] == card["finetuning"]["after"]["sha256"] == file_key(folder / "model.onnx")

@@ -8,7 +8,7 @@ import pytest
 
 from nestling.report import Member, ReportContent, TrainingPoint, TriedArch
 from nestling.search import Objective
-from nestling.space import Value
+from nestling.space import Choice, Need, SearchSpace, Value
 
 
 def test_json_gives_back_the_same_content(content: ReportContent) -> None:
@@ -75,3 +75,23 @@ def test_only_a_complete_trial_has_a_metric() -> None:
 def test_a_kernel_of_a_block_beyond_the_depth_is_idle(content: ReportContent) -> None:
     assert content.idle({"s1.depth": 1, "s1.b2.kernel": 3}) == {"s1.b2.kernel"}
     assert content.idle({"s1.depth": 2, "s1.b2.kernel": 3}) == set()
+
+
+def test_the_report_holds_idle_what_the_space_does(content: ReportContent) -> None:
+    space = SearchSpace(
+        "toy",
+        (
+            Choice("depth", (1, 2)),
+            Choice("heads", (0, 2, 4), (Need("depth", 2),)),
+            Choice("window", (3, 5), (Need("heads", 2),)),
+        ),
+    )
+    told = replace(content, choices=space.open_choices)
+    decisions: list[dict[str, Value]] = [
+        {"depth": depth, "heads": heads, "window": 3} for depth in (1, 2) for heads in (0, 2, 4)
+    ]
+    assert [told.idle(each) for each in decisions] == [
+        {choice.name for choice in space.choices if space.is_idle(choice, each)} for each in decisions
+    ]
+    assert told.idle({"depth": 1, "heads": 4, "window": 3}) == {"heads", "window"}
+    assert told.idle({"depth": 2, "heads": 0, "window": 3}) == {"window"}

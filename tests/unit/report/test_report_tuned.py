@@ -46,18 +46,21 @@ def test_a_tuned_network_is_told_with_its_accuracies_before_and_after(content: R
 
 
 @pytest.mark.parametrize(
-    ("from_scratch", "teacher", "words"),
+    ("from_scratch", "teacher", "qat", "words"),
     [
-        (True, "largest", "25 epochs from scratch, taught by largest"),
-        (True, "none", "25 epochs from scratch"),
-        (False, "none", "25 epochs further"),
-        (False, "resnet18", "25 epochs further, taught by resnet18"),
+        (True, "largest", None, "25 epochs from scratch, taught by largest"),
+        (True, "none", None, "25 epochs from scratch"),
+        (False, "none", None, "25 epochs further"),
+        (False, "resnet18", None, "25 epochs further, taught by resnet18"),
+        (False, "parent", "lsq", "25 epochs further in its precisions (LSQ), taught by itself in floats"),
+        (False, "largest", "ofq", "25 epochs further in its precisions (OFQ), taught by largest"),
     ],
 )
 def test_it_is_said_how_a_network_was_trained(
-    content: ReportContent, from_scratch: bool, teacher: str, words: str
+    content: ReportContent, from_scratch: bool, teacher: str, qat: str | None, words: str
 ) -> None:
-    assert cells(replace(content.tuned[0], from_scratch=from_scratch, teacher=teacher))[1] == words
+    tuned = replace(content.tuned[0], from_scratch=from_scratch, teacher=teacher, qat=qat)
+    assert cells(tuned)[1] == words
 
 
 def test_without_tuned_networks_there_is_no_table(content: ReportContent) -> None:
