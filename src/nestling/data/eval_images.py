@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from nestling.data.batch import Batch
 from nestling.data.images import Images, fit_all
+from nestling.data.kept import Kept
 from nestling.data.pixels import DataError, normalise
 from nestling.data.splits import Indices, balanced
-
-_KEPT_BYTES = 2 * 1024**3
-"""Resized images up to this size are kept for the next time their resolution is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +27,7 @@ class EvalImages:
     Attributes:
         labels: `(N,)` int64.
         mean: per channel, as a fraction of 255; so is `std`.
+        kept: resized images, shared with whoever else has it.
     """
 
     images: Images = field(repr=False)
@@ -36,7 +35,8 @@ class EvalImages:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    _resized: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False, init=False)
+    kept: Kept = field(default_factory=Kept, repr=False)
+    _mine: object = field(default_factory=object, repr=False, init=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,9 +59,13 @@ class EvalImages:
         return self._batches(resolution, batch_size, torch.device(device))
 
     def _batches(self, resolution: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        whole = self.kept.fitted(self.images, resolution, whose=self._mine)
         for start in range(0, len(self), batch_size):
             stop = min(start + batch_size, len(self))
-            pixels = self._pixels(resolution, start, stop)
+            if whole is None:
+                pixels = fit_all(self.images.select(np.arange(start, stop)), resolution)
+            else:
+                pixels = whole[start:stop]
             images = torch.from_numpy(normalise(pixels, mean=self.mean, std=self.std))
             labels = torch.from_numpy(self.labels[start:stop].copy())
             yield Batch(images=images.to(device), labels=labels.to(device))
@@ -73,7 +77,9 @@ class EvalImages:
             DataError: a damaged image (on disk only), or a resolution below 1.
         """
         _at_least_one(resolution=resolution)
-        return normalise(self._pixels(resolution, 0, len(self)), mean=self.mean, std=self.std)
+        whole = self.kept.fitted(self.images, resolution, whose=self._mine)
+        pixels = fit_all(self.images, resolution) if whole is None else whole
+        return normalise(pixels, mean=self.mean, std=self.std)
 
     def take(self, count: int) -> EvalImages:
         """The first `count` images when classes take turns: as many of one class as of another.
@@ -88,7 +94,7 @@ class EvalImages:
         if count > len(self):
             raise DataError(f"{count} images asked for, there are {len(self)}; ask for at most that many")
         chosen = balanced(self.labels, count)
-        return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
+        return self._part(chosen)
 
     def portions(self, ends: Sequence[int], *, seed: int) -> tuple[EvalImages, ...]:
         """All images in random order, cut after each of `ends`; the same for the same seed.
@@ -100,10 +106,7 @@ class EvalImages:
             raise DataError(f"portions end after {list(ends)} images; they must rise, from 1 to {len(self)}")
         order = np.random.default_rng(seed).permutation(len(self))
         parts = np.split(order, list(ends)[:-1])
-        return tuple(
-            EvalImages(self.images.select(part), self.labels[part], self.classes, self.mean, self.std)
-            for part in parts
-        )
+        return tuple(map(self._part, parts))
 
     def preprocessing(self, resolution: int) -> dict[str, str]:
         """The steps from a picture to the network's input, in words and numbers, for a file's metadata."""
@@ -142,12 +145,9 @@ class EvalImages:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _pixels(self, resolution: int, start: int, stop: int) -> NDArray[np.uint8]:
-        if len(self) * resolution * resolution * 3 > _KEPT_BYTES:
-            return fit_all(self.images.select(np.arange(start, stop)), resolution)
-        if resolution not in self._resized:
-            self._resized[resolution] = fit_all(self.images, resolution)
-        return self._resized[resolution][start:stop]
+    def _part(self, chosen: Indices) -> EvalImages:
+        images, labels = self.images.select(chosen), self.labels[chosen]
+        return EvalImages(images, labels, self.classes, self.mean, self.std, self.kept)
 
 
 def _at_least_one(**numbers: int) -> None:

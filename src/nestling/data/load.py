@@ -11,6 +11,7 @@ import numpy as np
 from nestling.config import DataConfig
 from nestling.data.eval_images import EvalImages
 from nestling.data.images import PixelArray, fit_all, usual_side
+from nestling.data.kept import Kept
 from nestling.data.pixels import Colours, DataError, derive_seed, measure_colours
 from nestling.data.sources import Labelled, open_source
 from nestling.data.splits import Few, balanced, proportional
@@ -80,6 +81,7 @@ def load_data(config: DataConfig, *, seed: int, few: Few = "drawn") -> Data:
         mean, std = measure_colours(pixels)
         train = Labelled(PixelArray(pixels), train.labels)
         search, test = _decoded(search, size), _decoded(test, size)
+    kept = Kept()
     return Data(
         classes=source.classes,
         size=size,
@@ -95,10 +97,11 @@ def load_data(config: DataConfig, *, seed: int, few: Few = "drawn") -> Data:
             seed=seed,
             workers=config.workers,
             few=few,
+            kept=kept,
         ),
-        search=EvalImages(search.images, search.labels, source.classes, mean, std),
+        search=EvalImages(search.images, search.labels, source.classes, mean, std, kept),
         fingerprint=_fingerprint(source.classes, size, (train, search, test)),
-        _test=EvalImages(test.images, test.labels, source.classes, mean, std),
+        _test=EvalImages(test.images, test.labels, source.classes, mean, std, kept),
     )
 
 

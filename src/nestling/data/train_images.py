@@ -16,6 +16,7 @@ from nestling.data.augment import Augmentation, Rows, augmentation, crop_box, di
 from nestling.data.batch import Batch
 from nestling.data.eval_images import EvalImages
 from nestling.data.images import Images, PixelArray
+from nestling.data.kept import Kept
 from nestling.data.pixels import DataError, derive_seed, fit
 from nestling.data.splits import Few, Indices, balanced
 
@@ -37,6 +38,7 @@ class TrainImages:
         workers: loader processes, for images on disk; 0 reads in this process.
         part: which part of each batch is given, counted from 0, and of how many.
         few: which classes `calibration` has where it gives fewer images than there are classes.
+        kept: resized images of calibration, shared with whoever else has it.
     """
 
     images: Images = field(repr=False)
@@ -49,6 +51,7 @@ class TrainImages:
     workers: int
     part: tuple[int, int] = (0, 1)
     few: Few = "drawn"
+    kept: Kept = field(default_factory=Kept, repr=False)
 
     def divided(self, part: int, *, of: int) -> TrainImages:
         """These images, of whose batches part number `part` of `of` is given: the others' are not even read.
@@ -127,7 +130,8 @@ class TrainImages:
             raise DataError(f"{count} training images asked for; ask for 1 to {len(self)}")
         rng = np.random.default_rng(derive_seed(self.seed, "calibration"))
         chosen = balanced(self.labels, count, rng=rng, few=self.few)
-        return EvalImages(self.images.select(chosen), self.labels[chosen], self.classes, self.mean, self.std)
+        images, labels = self.images.select(chosen), self.labels[chosen]
+        return EvalImages(images, labels, self.classes, self.mean, self.std, self.kept)
 
     def _from_memory(self, order: _Order, device: torch.device) -> Iterator[_Raw]:
         assert isinstance(self.images, PixelArray)
