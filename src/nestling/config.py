@@ -325,7 +325,7 @@ class RunConfig(Part):
     name: str
     space: str
     """A file such as those in search_spaces/, relative to the configuration file or to the working folder."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     torch_device: str = "auto"
     """Where the supernet is trained: `cpu`, `cuda`, or `auto` (CUDA where there is one)."""
     data: DataConfig = DataConfig()

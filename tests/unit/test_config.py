@@ -122,6 +122,8 @@ def test_overrides_reach_lists_tables_and_values_with_an_equals_sign(tmp_path: P
         ("name.first=x", "--set 'name.first=x': name is a value, not a table"),
         ("train.epohcs=5", "unknown key 'train.epohcs'; did you mean 'epochs'?"),
         ("train.epochs=many", "train.epochs: Input should be a valid number"),
+        ("seed=-1", r"seed: Input should be greater than or equal to 0 (given: -1)"),
+        ("seed=18446744073709551616", r"seed: Input should be less than 18446744073709551616"),
     ],
 )
 def test_a_bad_override_is_told(tmp_path: Path, override: str, message: str) -> None:
