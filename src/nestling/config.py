@@ -55,7 +55,8 @@ class DataConfig(Part):
     """Read only this many test images, as many of one class as of another."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     augment: Literal["none", "shift", "standard", "strong"] = "standard"
-    """`shift` moves the image a little; `standard` also mirrors it; `strong` adds RandAugment and erasing."""
+    """`shift` moves the image a little; `standard` also mirrors it; `strong` adds TrivialAugment (arXiv
+    2103.10158) and erasing."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes for images that are read from disk."""
 

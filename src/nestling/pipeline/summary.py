@@ -59,7 +59,7 @@ def report_content(bench: Workbench, result: SearchResult | None) -> ReportConte
             "open choices": str(len(bench.space.open_choices)),
         },
         seconds=run.read_json("seconds.json") or {},
-        config_toml=run.config_file.read_text(),
+        config=run.config_file.read_text(),
         notes=tuple(_notes(members, result)),
     )
 

@@ -101,8 +101,8 @@ def repeat(content: ReportContent) -> Markup:
         tag("button", "Copy", type="button", class_="copy"),
         class_="command",
     )
-    config = tag("details", tag("summary", "Configuration"), tag("pre", tag("code", content.config_toml)))
-    return section("Repeat it", command, tag("div", config, class_="folds") if content.config_toml else None)
+    config = tag("details", tag("summary", "Configuration"), tag("pre", tag("code", content.config)))
+    return section("Repeat it", command, tag("div", config, class_="folds") if content.config else None)
 
 
 def _area_by_time(growth: Sequence[Point]) -> Markup | None:

@@ -204,7 +204,8 @@ class ReportContent:
     space_summary: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage to the time it took."""
-    config_toml: str = ""
+    config: str = ""
+    """The configuration, as the run's folder holds it."""
     notes: tuple[str, ...] = ()
     """Warnings that a reader must see."""
 

@@ -215,7 +215,7 @@ def replace_metrics(
 
 
 def user_attributes(trial: Trial) -> dict[str, Any]:
-    """What Optuna keeps of `trial` beside parameters and values; `read_trial` reads it."""
+    """What Optuna keeps of `trial` beside parameters and values; `read_trials` reads it."""
     told: dict[str, Any] = {"arch": trial.arch.to_json(), "state": trial.state, "seconds": trial.seconds}
     if trial.metrics:
         told["metrics"] = dict(trial.metrics)

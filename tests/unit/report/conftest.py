@@ -90,6 +90,6 @@ def content(member: Member) -> ReportContent:
         versions={"torch": "2.15.0"},
         space_summary={"family": "mobilenet"},
         seconds={"train": 121.4, "search": 62.0},
-        config_toml='name = "demo"\n',
+        config='{"name": "demo"}\n',
         notes=("The latency of network 3 varied by 20 %.",),
     )
