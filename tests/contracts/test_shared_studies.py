@@ -20,8 +20,8 @@ from optuna.trial import TrialState
 
 from nestling.search import Problem, StudyMismatch, StudyUnavailable, load_result, search
 from nestling.search.database import Database, study_url
+from nestling.search.opening import open_queue
 from nestling.search.queue import Task
-from nestling.search.study import open_queue
 from nestling.space import Arch, Choice, SearchSpace
 
 ROOT = Path(__file__).parents[2]

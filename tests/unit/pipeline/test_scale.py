@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from nestling.config import load_config
-from nestling.pipeline import searching
+from nestling.pipeline import concluding
+from nestling.pipeline.concluding import concluded
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.measuring import latency_metrics
 from nestling.pipeline.scale import rescaled, run_reference
-from nestling.pipeline.searching import _concluded
 from nestling.pipeline.studies import REFERENCE, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import Fingerprint, Measurement
@@ -104,10 +104,10 @@ def test_a_front_timed_again_on_a_quiet_device_tells_all_latencies_by_it(
     searching_with(bench, [restless, taken(2.0, reference_ms=1.5, slowed=1.0)])
     where = study_place(bench)
     assert [problem(bench).feasible(one.metrics) for one in searched(bench).trials] == [True, True]
-    monkeypatch.setattr(searching, "write_candidate", lambda *_: None)
-    monkeypatch.setattr(searching, "measure", lambda *_, **__: taken(1.5, reference_ms=0.5, slowed=1.0))
-    monkeypatch.setattr(searching, "PAUSES_AT_END", (0.0,))
-    result = _concluded(bench, where, searched(bench), Silent(), fresh=False)
+    monkeypatch.setattr(concluding, "write_candidate", lambda *_: None)
+    monkeypatch.setattr(concluding, "measure", lambda *_, **__: taken(1.5, reference_ms=0.5, slowed=1.0))
+    monkeypatch.setattr(concluding, "PAUSES_AT_END", (0.0,))
+    result = concluded(bench, where, searched(bench), Silent(), fresh=False)
     assert [one.metrics["latency_ms"] for one in result.trials] == pytest.approx([0.75, 1.0])
     assert result.trials == searched(bench).trials
     assert rescale(bench) == pytest.approx([0.75, 1.0])
