@@ -217,7 +217,7 @@ def search(
     else:
         bench = pipeline.open_run(folder, overrides=overrides)
     try:
-        if resume and not pipeline.searched(bench).trials:
+        if resume and not pipeline.is_searched(bench):
             from nestling.run import RunError
 
             raise RunError(f"{folder} was not searched yet; leave --resume out")

@@ -243,7 +243,7 @@ class SearchConfig(Part):
     """Archs evenly spread from smallest to largest that are evaluated first; both ends always are."""
     warm_from: str | None = None
     """The folder of a run of the same supernet for another device: accuracy and size of its candidates are
-    taken over, latency is measured anew."""
+    taken over, latency is measured anew. Empty: none, as with `study`."""
     race: bool = True
     """Whether a candidate is scored on some of the search images first, and on all only where it may yet
     reach the front: see `nestling.search.racing`."""
@@ -255,6 +255,11 @@ class SearchConfig(Part):
     this part to the front's hypervolume; 0 never does."""
     recalibration_images: Count = 1024
     calibration_images: Count = 128
+
+    @field_validator("study", "warm_from", mode="before")
+    @classmethod
+    def _none_where_empty(cls, given: Any) -> Any:
+        return None if given == "" else given  # TOML has no word for it, and --set must be able to unset
 
     @field_validator("study")
     @classmethod

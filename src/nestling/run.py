@@ -110,22 +110,17 @@ class Run:
         """
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
+        if run.has_begun:
+            run.check_changes(config)
+            run.keep(config)
+            return run
         if run.config_file.exists():
-            changed = differences(run.config().model_dump(), config.model_dump())
-            begun = (folder / "training").exists()
-            if begun and not changed <= CHANGEABLE:
-                raise RunError(
-                    f"{folder} holds a run with another configuration (it differs in "
-                    f"{', '.join(sorted(changed - CHANGEABLE))}); choose another folder with --output, "
-                    "or remove this one"
-                )
-            if not changed:
+            if not run.changes(config):
                 return run
-            if not begun:
-                for name in DERIVED:
-                    (folder / name).unlink(missing_ok=True)
+            for name in DERIVED:
+                (folder / name).unlink(missing_ok=True)
         run.write_json("provenance.json", provenance())
-        write_atomically(run.config_file, config.model_dump_json(indent=2).encode())
+        run._write_config(config)
         return run
 
     @classmethod
@@ -151,6 +146,37 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{self.config_file} is not JSON: {error}") from None
         return parse_config(content, origin=str(self.config_file))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the training of a configuration has begun here."""
+        return self.config_file.exists() and (self.folder / "training").exists()
+
+    def changes(self, config: RunConfig) -> set[str]:
+        """The dotted names of what differs between the run's configuration and `config`."""
+        return differences(self.config().model_dump(), config.model_dump())
+
+    def check_changes(self, config: RunConfig) -> None:
+        """Refuses a configuration that differs in what was measured by.
+
+        Raises:
+            RunError: it does.
+        """
+        fixed = self.changes(config) - CHANGEABLE
+        if fixed:
+            raise RunError(
+                f"{self.folder} holds a run with another configuration (it differs in "
+                f"{', '.join(sorted(fixed))}); choose another folder with --output, or remove this one"
+            )
+
+    def keep(self, config: RunConfig) -> None:
+        """Makes `config` the run's configuration, where it differs."""
+        if self.changes(config):
+            self.write_json("provenance.json", provenance())
+            self._write_config(config)
+
+    def _write_config(self, config: RunConfig) -> None:
+        write_atomically(self.config_file, config.model_dump_json(indent=2).encode())
 
     def write_json(self, name: str, content: Any) -> Path:
         """The path of `name` in the folder, now holding `content` as JSON."""

@@ -98,6 +98,13 @@ def test_an_override_is_laid_over_the_file(
     assert config.train == TrainConfig.model_validate({"epochs": 3.0, "weight_decay": 0.5, **expected})
 
 
+def test_an_empty_override_unsets_another_run_and_another_study(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), overrides=["search.warm_from=there", "search.study=study.db"])
+    assert (config.search.warm_from, config.search.study) == ("there", "study.db")
+    unset = override_config(config, ["search.warm_from=", 'search.study=""'])
+    assert (unset.search.warm_from, unset.search.study) == (None, None)
+
+
 def test_overrides_reach_lists_tables_and_values_with_an_equals_sign(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path),

@@ -20,7 +20,7 @@ from nestling.pipeline.stages import (
     prepare,
     run_all,
 )
-from nestling.pipeline.studies import limit_overrides, searched
+from nestling.pipeline.studies import is_searched, limit_overrides, searched
 from nestling.pipeline.training import join_ranks, train_supernet
 from nestling.profile import Comparison, DeviceSummary, FileProfile, Refusal
 from nestling.quant import PRECISIONS
@@ -55,6 +55,7 @@ __all__ = [
     "export_front",
     "find_arch",
     "finetune",
+    "is_searched",
     "join_ranks",
     "join_search",
     "learn_latency",

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nestling.pipeline.listening import Listener
 from nestling.pipeline.policies import is_precision
 from nestling.pipeline.studies import REFERENCE, searched, weights
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run, RunError
-from nestling.search import Metrics
+from nestling.search import Metrics, SearchResult
 from nestling.space import Arch, SpaceError, load_space
 
 KEPT = "reused.json"
@@ -50,19 +51,15 @@ def reused(bench: Workbench, *, listener: Listener) -> Reused:
     named = bench.config.search.warm_from
     if named is None:
         return Reused({})
-    kept = bench.run.read_json(KEPT)
-    if kept is not None and kept["from"] == named and not Path(named).exists():
+    kept = _kept(bench, named)
+    if kept is not None:
         return Reused(
-            {Arch.from_json(row["arch"]): row["metrics"] for row in kept["candidates"]},
-            tuple(Arch.from_json(row["arch"]) for row in kept["candidates"] if row["on_front"]),
+            {Arch.from_json(row["arch"]): row["metrics"] for row in kept},
+            tuple(Arch.from_json(row["arch"]) for row in kept if row["on_front"]),
         )
     other = Workbench(Run.open(Path(named)))
     try:
-        _refuse_different(bench, other)
-        other.data = bench.data  # the same, and read already
-        result = searched(other)
-        if not result.complete:
-            raise RunError(f"{named} was not searched yet; `nestling search {named}` does that")
+        result = _searched(bench, other)
         same = _same_integers(bench, other)
         found: dict[Arch, Metrics] = {}
         front = []
@@ -89,6 +86,39 @@ def reused(bench: Workbench, *, listener: Listener) -> Reused:
         "that were evaluated there"
     )
     return Reused(found, tuple(front))
+
+
+def check_reused(bench: Workbench) -> None:
+    """Refuses a run `search.warm_from` of which nothing can be taken over.
+
+    Raises:
+        Exception: as `reused`.
+    """
+    named = bench.config.search.warm_from
+    if named is not None and _kept(bench, named) is None:
+        _searched(bench, Workbench(Run.open(Path(named))))
+
+
+def _kept(bench: Workbench, named: str) -> list[Any] | None:
+    """The rows that were taken over from the run `named`, where that is not seen from here."""
+    kept = bench.run.read_json(KEPT)
+    known = kept is not None and kept["from"] == named and not Path(named).exists()
+    return list(kept["candidates"]) if known else None
+
+
+def _searched(bench: Workbench, other: Workbench) -> SearchResult:
+    """What `other` has found out, whose candidates are those of `bench`.
+
+    Raises:
+        Exception: as `reused`.
+    """
+    _refuse_different(bench, other)
+    other.data = bench.data  # the same, and read already
+    result = searched(other)
+    if not result.complete:
+        there = other.run.folder
+        raise RunError(f"{there} was not searched yet; `nestling search {there}` does that")
+    return result
 
 
 def _refuse_different(bench: Workbench, other: Workbench) -> None:

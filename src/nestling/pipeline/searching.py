@@ -17,6 +17,7 @@ from nestling.pipeline.racing import Scoring
 from nestling.pipeline.reusing import reused
 from nestling.pipeline.scale import other_settings, rescaled, run_reference
 from nestling.pipeline.seeding import seeds
+from nestling.pipeline.settling import settle
 from nestling.pipeline.studies import Place, about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.quant import Unquantizable
@@ -26,8 +27,6 @@ from nestling.search import (
     SearchResult,
     Trial,
     Workers,
-    change_limits,
-    check_limits,
     load_result,
     load_stop,
     search,
@@ -52,27 +51,20 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
     Raises:
         RunError: training is not finished, or the run was measured on another device or runtime.
         InfeasibleLimit: no network of the space can keep a limit.
+        ConfigError, StudyMismatch: see `settle`; the run and its study are as they were.
         StudyUnavailable: the study's database cannot be reached.
         WorkersLost: a worker ended with an error.
     """
     listener.stage("search")
     bench.check_trained()
+    settle(bench, note=listener.note)
     asked, place = problem(bench), study_place(bench)
-    check_limits(asked, smallest={"mmacs": bench.macs(bench.space.smallest) / 1e6})
-    judged = change_limits(asked, storage=place.storage, name=place.name)
-    if judged:
-        listener.note(f"{judged} candidates of before are judged by the limits that are given now")
     with bench.timed("search"):
         alone = bench.config.search.workers == 1 and not _is_suspicious(bench, place, listener)
         before = rescaled(bench, place, load_result(asked, storage=place.storage, name=place.name), listener)
         result = (_search if alone else _watch)(bench, place, listener)
         fresh = len(result.trials) > len(before.trials)
         result = concluded(bench, place, result, listener, fresh=fresh)
-    if judged >= bench.config.search.trials:
-        listener.note(
-            f"all {judged} candidates were evaluated under other limits; "
-            f"`--set search.trials={2 * judged}` looks for more under these"
-        )
     below = bench.config.search.stop_below
     stop = load_stop(asked, below, storage=place.storage, name=place.name)
     if stop is not None:

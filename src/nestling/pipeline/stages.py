@@ -21,13 +21,14 @@ from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.policies import chosen_policy
 from nestling.pipeline.searching import search_supernet
+from nestling.pipeline.settling import SETTLED, check_asked, settle
 from nestling.pipeline.studies import problem, searched, weights
 from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.report import ReportFiles, write_report
 from nestling.run import Run, RunError, differences
-from nestling.search import check_limits, make_proposer, spread_along_front
+from nestling.search import check_limits, spread_along_front
 from nestling.space import Arch, load_space
 from nestling.train.distributed import ALONE, Ranks
 
@@ -56,8 +57,13 @@ def prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks
 
 
 def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks) -> Workbench:
-    continued = (folder / "config.json").exists()
-    bench = Workbench(Run.create(folder, config), ranks=ranks)
+    run = Run(folder)
+    continued, begun = run.config_file.exists(), run.has_begun
+    if begun:
+        run.check_changes(config)
+        bench = Workbench(run, ranks=ranks, config=config)
+    else:
+        bench = Workbench(Run.create(folder, config), ranks=ranks)
     if continued:
         listener.note(f"continuing the run in {folder}")
     listener.stage("prepare")
@@ -69,7 +75,11 @@ def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Rank
         if isinstance(error, ValueError | KeyError | TypeError):
             raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
         raise
-    bench.run.write_json("data.json", data_facts(bench))
+    if begun and run.changes(config) & SETTLED:
+        settle(bench, note=listener.note)
+    elif begun:
+        run.keep(config)
+    run.write_json("data.json", data_facts(bench))
     listener.note(f"device: {bench.device.fingerprint}")
     return bench
 
@@ -85,8 +95,7 @@ def _refuse_early(bench: Workbench) -> None:
     given = load_space(Path(config.space)) if Path(config.space).exists() else space
     if bench.fitted(given) != space:
         raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
-    found = problem(bench)
-    make_proposer(config.search.strategy, found, population=config.search.population)
+    check_asked(bench)
     supernet = bench.new_supernet()
     _refuse_unsortable(supernet, config.train)
     if config.train.zero_last_norms and space.largest.get("pretrained", False):
@@ -104,7 +113,7 @@ def _refuse_early(bench: Workbench) -> None:
     for arch in (space.smallest, space.largest):
         chosen_policy(bench.family, arch)
     smallest = cost(build_shapes(bench.family.build, space.smallest), bench.resolution(space.smallest))
-    check_limits(found, smallest={"mmacs": smallest.macs / 1e6})
+    check_limits(problem(bench), smallest={"mmacs": smallest.macs / 1e6})
 
 
 def _refuse_unsortable(supernet: Supernet, config: TrainConfig) -> None:
@@ -145,16 +154,22 @@ def _refuse_small_images(bench: Workbench) -> None:
 def open_run(folder: Path, *, overrides: Sequence[str] = (), ranks: Ranks = ALONE) -> Workbench:
     """The workbench of the run that `folder` holds, with `overrides` such as `search.trials=200`.
 
-    Several ranks open it without overrides.
+    The run holds them only once a search has begun with them. Several ranks open it without overrides.
 
     Raises:
-        RunError: there is none, or an override would change what was measured.
+        RunError: there is none, it is not trained, or an override would change what was measured.
         ConfigError: an override that cannot be used.
     """
     run = Run.open(folder)
     if ranks.world > 1:
         return Workbench(run, ranks=ranks)
-    return Workbench(Run.create(folder, override_config(run.config(), overrides)))
+    config = override_config(run.config(), overrides)
+    run.check_changes(config)
+    bench = Workbench(run, config=config)
+    if run.changes(config):
+        bench.check_trained()
+        check_asked(bench)
+    return bench
 
 
 def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener: Listener) -> Workbench:

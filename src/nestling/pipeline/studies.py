@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nestling.config import ConfigError
 from nestling.pipeline.workbench import Workbench
-from nestling.search import Problem, SearchResult, load_result, parse_limits
+from nestling.search import Problem, SearchResult, is_begun, load_result, parse_limits, study_url
 
 STUDY = "nestling"
 REFERENCE = "reference.json"
@@ -20,10 +20,13 @@ def problem(bench: Workbench) -> Problem:
     """What the run's search is after.
 
     Raises:
-        ValueError: an unknown objective or limit.
+        ConfigError: an unknown objective or limit.
     """
     config = bench.config.search
-    return Problem.parse(bench.space, objectives=config.objectives, limits=config.limits)
+    try:
+        return Problem.parse(bench.space, objectives=config.objectives, limits=config.limits)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,17 @@ def study_place(bench: Workbench, *, given: str | None = None) -> Place:
     """Where the run's study is: in the database `given`, in the configuration's, or in the run's own file.
 
     In a PostgreSQL database, which many runs may share, the run's name is part of the study's.
+
+    Raises:
+        ConfigError: it is of a kind that no study can be in.
     """
     asked = bench.config.search.study if given is None else given
     if asked is None:
         return Place(bench.run.study_file, STUDY)
+    try:
+        study_url(asked)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return Place(asked, f"{STUDY}/{bench.config.name}" if asked.startswith("postgres") else STUDY)
 
 
@@ -54,6 +64,16 @@ def searched(bench: Workbench) -> SearchResult:
     """
     place = study_place(bench)
     return load_result(problem(bench), storage=place.storage, name=place.name)
+
+
+def is_searched(bench: Workbench) -> bool:
+    """Whether the run's search has begun, with whatever limits.
+
+    Raises:
+        StudyMismatch, StudyUnavailable: as `searched`.
+    """
+    place = study_place(bench)
+    return is_begun(place.storage, place.name)
 
 
 def limit_overrides(*, at_most: Sequence[str], at_least: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nestling.config import ConfigError
+from nestling.config import ConfigError, RunConfig
 from nestling.data import Data, EvalImages, load_data
 from nestling.data.splits import Few
 from nestling.models.building import build_shapes
@@ -44,6 +44,7 @@ class Workbench:
     Args:
         run: the run's folder.
         ranks: which train it together; the first alone writes.
+        config: what the run is asked for now, where that is not yet what it holds.
 
     Attributes:
         floats: the networks of the last candidates.
@@ -52,10 +53,10 @@ class Workbench:
         ConfigError: the run's configuration is damaged.
     """
 
-    def __init__(self, run: Run, *, ranks: Ranks = ALONE) -> None:
+    def __init__(self, run: Run, *, ranks: Ranks = ALONE, config: RunConfig | None = None) -> None:
         self.run = run
         self.ranks = ranks
-        self.config = run.config()
+        self.config = run.config() if config is None else config
         self.floats = FloatNetworks()
         self._macs: dict[Arch, int] = {}
         self._teachers_macs: dict[int, int] = {}

@@ -12,6 +12,7 @@ from nestling.search import tables
 from nestling.search.database import Database, StudyMismatch, sqlite_path, study_url
 from nestling.search.objectives import Limit, Problem
 from nestling.search.record import find_study, read_trials, signature
+from nestling.search.study import check_smallest
 
 
 def parse_limits(*, at_most: Iterable[str], at_least: Iterable[str]) -> dict[str, float]:
@@ -50,7 +51,8 @@ def change_limits(problem: Problem, *, storage: Path | str, name: str) -> int:
     limits ends with an error when it has its next outcome.
 
     Raises:
-        StudyMismatch: the study differs in more than limits, or has trials without a metric that is limited.
+        InfeasibleLimit: the smallest network was tried, and is beyond a limit on a cost.
+        StudyMismatch: the study has trials without a metric that is limited.
         StudyUnavailable: the database cannot be reached or written.
     """
     path = sqlite_path(study_url(storage))
@@ -83,6 +85,7 @@ def _change(connection: sa.Connection, problem: Problem, name: str, *, where: st
                 f"{limit.metric}, which is to be {limit}; search in a new run, with that limit or objective "
                 "from the beginning"
             )
+    check_smallest(problem, trials)
     tables.replace_constraints(connection, study, problem, trials)
     connection.execute(
         sa.update(table).where(here).values(value_json=json.dumps({**there, "limits": asked["limits"]}))

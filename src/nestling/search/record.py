@@ -246,6 +246,11 @@ def _check_problem(
         differing.append("objectives")
     known = there.get("about", {})
     differing += [key for key, value in about.items() if known.get(key, value) != value]
+    if differing == ["limits"]:
+        raise StudyMismatch(
+            f"{where} holds the study {name!r} with other limits; `nestling search` lays the run's "
+            "limits over it"
+        )
     if differing:
         raise StudyMismatch(
             f"{where} holds the study {name!r} of another problem (it differs in {', '.join(differing)}); "

@@ -58,7 +58,7 @@ def test_words_that_are_no_limits_are_refused(
 def test_other_limits_judge_what_was_tried_before(space: SearchSpace, toy: Evaluate, file: Path) -> None:
     found = search(limited(space), toy, storage=file, name="toy", trials=12, strategy="random")
     strict = limited(space, latency_ms=8.0, top1=0.6)
-    with pytest.raises(StudyMismatch, match="differs in limits"):
+    with pytest.raises(StudyMismatch, match="with other limits; `nestling search` lays"):
         load_result(strict, storage=file, name="toy")
     assert change_limits(strict, storage=file, name="toy") == 12
     assert change_limits(strict, storage=file, name="toy") == 0

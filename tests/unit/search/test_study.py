@@ -343,7 +343,7 @@ def test_a_study_of_another_problem_is_refused(space: SearchSpace, toy: Evaluate
 
     search(problem(), toy, storage=file, name="toy", trials=1)
     with pytest.raises(
-        StudyMismatch, match=r"study.db holds the study 'toy' of another .* differs in limits"
+        StudyMismatch, match=r"study.db holds the study 'toy' with other limits; `nestling search` lays"
     ):
         search(problem(bound=8.0), toy, storage=file, name="toy", trials=2)
     unlinked = SearchSpace("toy", tuple(Choice(c.name, c.values) for c in space.choices))

@@ -1,0 +1,113 @@
+"""What a search is refused leaves the run as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nestling.config import ConfigError, load_config
+from nestling.pipeline.listening import Silent
+from nestling.pipeline.searching import search_supernet
+from nestling.pipeline.settling import settle
+from nestling.pipeline.stages import open_run, prepare
+from nestling.pipeline.studies import is_searched, problem, searched, study_place
+from nestling.pipeline.workbench import Workbench
+from nestling.run import Run, RunError
+from nestling.search import InfeasibleLimit, StudyMismatch, search
+from nestling.space import Arch
+
+TESTS = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that looks trained, with a study of three candidates of 1 ms."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    bench = Workbench(Run.create(folder, load_config(TESTS / "toy.toml")))
+    bench.run.write_json("data.json", {"fingerprint": bench.data.fingerprint})
+    bench.run.write_json("training.json", {})
+    bench.checkpoints.mkdir()
+    (bench.checkpoints / "checkpoints.json").write_text('[{"sha256": "abc"}]')
+
+    def evaluate(arch: Arch) -> dict[str, float]:
+        return {"top1": 0.5, "latency_ms": 1.0, "mmacs": bench.macs(arch) / 1e6}
+
+    where = study_place(bench)
+    search(problem(bench), evaluate, storage=where.storage, name=where.name, trials=3)
+    return folder
+
+
+@pytest.fixture
+def run(begun: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("search.limits.mmacs=0.001", InfeasibleLimit, "mmacs at most 0.001"),
+        ("search.limits.latency_ms=0.4", InfeasibleLimit, "latency_ms at most 0.4"),
+        ("search.limits.size_mb=5.0", StudyMismatch, "evaluated without size_mb"),
+        ("search.limits.foo=1", ConfigError, "unknown metric 'foo'"),
+        ("search.strategy=predicter", ConfigError, "did you mean 'predictor'"),
+        ("search.study=mysql://h/d", ConfigError, "postgresql://user@host"),
+        ("search.warm_from=/nowhere", RunError, "holds no run"),
+    ],
+)
+def test_a_search_that_is_refused_leaves_run_and_study_as_they_were(
+    run: Path, override: str, error: type[Exception], message: str
+) -> None:
+    before = {name: (run / name).read_bytes() for name in ("config.json", "study.db", "space.toml")}
+    with pytest.raises(error, match=message):
+        search_supernet(open_run(run, overrides=[override]), listener=Silent())
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert len(searched(open_run(run)).complete) == 3
+
+
+def test_a_run_of_before_whose_limits_were_left_bad_is_told_so_and_mended(run: Path) -> None:
+    stored = json.loads((run / "config.json").read_text())
+    stored["search"]["limits"] = {"foo": 1.0}
+    (run / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="unknown metric 'foo'"):
+        searched(open_run(run))
+    stored["search"]["limits"] = {"mmacs": 0.001}
+    (run / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(StudyMismatch, match="`nestling search` lays the run's limits over it"):
+        searched(open_run(run))
+    settle(open_run(run, overrides=["search.limits={}"]), note=lambda _: None)
+    assert len(searched(open_run(run)).complete) == 3
+
+
+def test_what_is_asked_for_is_kept_with_the_studys_limits(run: Path) -> None:
+    bench, told = open_run(run, overrides=["search.limits.latency_ms=1.5", "search.trials=3"]), list[str]()
+    assert Run.open(run).config().search.limits == {}
+    assert is_searched(bench)
+    settle(bench, note=told.append)
+    assert Run.open(run).config() == bench.config
+    assert searched(open_run(run)).problem.limits == problem(bench).limits
+    assert told == [
+        "3 candidates of before are judged by the limits that are given now",
+        "all 3 candidates were evaluated under other limits; `--set search.trials=6` looks for more under "
+        "these",
+    ]
+
+
+def test_a_configuration_that_is_refused_leaves_a_run_that_has_begun_as_it_was(run: Path) -> None:
+    before = (run / "config.json").read_bytes()
+    for override in ("search.limits.mmacs=0.001", "search.limits.size_mb=5.0"):
+        config = load_config(TESTS / "toy.toml", overrides=[override])
+        with pytest.raises((ConfigError, StudyMismatch)):
+            prepare(config, run, listener=Silent())
+        assert (run / "config.json").read_bytes() == before
+    config = load_config(TESTS / "toy.toml", overrides=["search.limits.latency_ms=1.5"])
+    prepare(config, run, listener=Silent()).close()
+    assert searched(open_run(run)).problem.limits == problem(open_run(run)).limits != ()
+
+
+def test_a_study_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
+    config = load_config(TESTS / "toy.toml", overrides=["search.study=mysql://h/d"])
+    with pytest.raises(ConfigError, match="postgresql://user@host"):
+        prepare(config, tmp_path / "run", listener=Silent())
