@@ -27,7 +27,7 @@ from nestling.pipeline.teaching import TEACHERS, begin_with_teachers, teacher_fi
 from nestling.profile import Device, MeasurementStore, open_device
 from nestling.run import Run, RunError
 from nestling.space import Arch, SearchSpace, Value, load_space, save_space
-from nestling.train.checkpoint import load_checkpoint
+from nestling.train.checkpoint import Checkpoint, CheckpointError, load_newest
 from nestling.train.distributed import ALONE, Ranks
 from nestling.train.loop import restore
 from nestling.train.strategies import Strategy, make_strategy
@@ -239,15 +239,25 @@ class Workbench:
         """The trained supernet.
 
         Raises:
-            RunError: training is not finished.
+            RunError: training is not finished, or its last checkpoint is damaged: weights from before the end
+                are others than those that candidates were evaluated with.
         """
         self.check_trained()
-        checkpoint = self.ranks.from_first(lambda: load_checkpoint(self.checkpoints))
+        checkpoint = self.ranks.from_first(self._last_checkpoint)
         if checkpoint is None:
             raise RunError(f"{self.checkpoints} holds no checkpoint")
         supernet = self.new_supernet(pretrained=False)
         restore(supernet, checkpoint)
         return supernet.eval()
+
+    def _last_checkpoint(self) -> Checkpoint | None:
+        try:
+            return load_newest(self.checkpoints)
+        except CheckpointError as error:
+            raise RunError(
+                f"{error}; bring that file back, or remove {self.run.folder / 'training.json'} and run "
+                f"`nestling train CONFIG --output {self.run.folder}`, which finishes from the one before"
+            ) from None
 
     def check_trained(self) -> None:
         """Refuses a run whose training is not finished.

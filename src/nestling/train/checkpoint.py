@@ -82,9 +82,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """
     damaged: list[str] = []
     for generation in _generations(folder):
-        file = folder / generation["file"]
-        data = file.read_bytes() if file.exists() else b""
-        if hashlib.sha256(data).hexdigest() == generation["sha256"]:
+        found = _whole(folder, generation)
+        if found is not None:
             if damaged:
                 warnings.warn(
                     f"{folder}: {', '.join(damaged)} is damaged; "
@@ -92,13 +91,28 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            return Checkpoint(generation["step"], safetensors.torch.load(data), generation["state"])
+            return found
         damaged.append(generation["file"])
     if damaged:
         raise CheckpointError(
             f"no checkpoint in {folder} is whole ({', '.join(damaged)}); remove the folder to start anew"
         )
     return None
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of `folder`, no other in its place; None where there never was one.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    generations = _generations(folder)
+    if not generations:
+        return None
+    found = _whole(folder, generations[0])
+    if found is None:
+        raise CheckpointError(f"the newest checkpoint, {folder / generations[0]['file']}, is damaged or gone")
+    return found
 
 
 def optimizer_tensors(
@@ -130,6 +144,15 @@ def restore_optimizer(
 
 def _like(tensor: Tensor, owner: nn.Parameter) -> Tensor:
     return torch.empty_like(owner, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def _whole(folder: Path, generation: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint, unless its file is not the one that was written."""
+    file = folder / generation["file"]
+    data = file.read_bytes() if file.exists() else b""
+    if hashlib.sha256(data).hexdigest() != generation["sha256"]:
+        return None
+    return Checkpoint(generation["step"], safetensors.torch.load(data), generation["state"])
 
 
 def _generations(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from nestling.pipeline.listening import Silent
 from nestling.pipeline.summary import training_cost
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
-from nestling.run import Run
+from nestling.run import Run, RunError
 from nestling.train.account import Spent
 from nestling.train.records import TrainingRecord
 from nestling.train.strategies import Progress
@@ -70,6 +70,26 @@ def test_a_training_that_was_interrupted_counts_its_finished_steps_once(tmp_path
     train_supernet(bench(parts), listener=Silent())
     found, wanted = (finished(folder)["spent"] for folder in (parts, whole))
     assert {**found, "seconds": 0.0} == {**wanted, "seconds": 0.0}
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_refused_until_training_has_finished_again(
+    tmp_path: Path,
+) -> None:
+    train_supernet(bench(tmp_path), listener=Silent())
+    wanted = bench(tmp_path).supernet.state_dict()
+    last = max((tmp_path / "training").glob("step-*.safetensors"))
+    content = last.read_bytes()
+    last.write_bytes(content[:-8] + bytes(8))
+    with pytest.raises(
+        RunError, match=rf"{last.name}, is damaged.*remove .*training\.json and run `nestling t"
+    ):
+        _ = bench(tmp_path).supernet
+    (tmp_path / "training.json").unlink()
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        train_supernet(bench(tmp_path), listener=Silent())
+    found = bench(tmp_path).supernet.state_dict()
+    assert all(bool((found[name] == tensor).all()) for name, tensor in wanted.items())
+    assert last.read_bytes() == content
 
 
 FORECAST = {"steps": 100, "images": 6400, "macs": 2e12, "seconds": 50.0}

@@ -13,6 +13,7 @@ from nestling.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
+    load_newest,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
@@ -47,6 +48,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "new")
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state) == (5, {"loss": 0.5})
+    newest = load_newest(tmp_path / "new")
+    assert newest is not None
+    assert (newest.step, newest.state) == (5, {"loss": 0.5})
     assert torch.equal(checkpoint.tensors["w"], torch.full((2, 3), 5.0))
     assert int(checkpoint.tensors["count"]) == 5
 
@@ -54,6 +58,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_a_folder_without_checkpoints_holds_none(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
     assert load_checkpoint(tmp_path / "missing") is None
+    assert load_newest(tmp_path) is None
 
 
 def test_two_generations_are_kept(tmp_path: Path) -> None:
@@ -78,6 +83,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, how:
         RuntimeWarning, match=r"step-00000002\.safetensors is damaged; the checkpoint of step 1"
     ):
         assert loaded_step(tmp_path) == 1
+    with pytest.raises(CheckpointError, match=r"newest .*step-00000002\.safetensors, is damaged or gone"):
+        load_newest(tmp_path)
 
 
 def test_after_going_back_the_good_checkpoint_outlives_the_damaged_one(tmp_path: Path) -> None:
