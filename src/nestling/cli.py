@@ -237,11 +237,13 @@ def search(
 def worker(
     folder: RunFolder,
     study: Study = None,
+    set_: Overrides = None,
     tied: Annotated[bool, typer.Option("--tied", hidden=True, help="End with standard input.")] = False,
 ) -> None:
     """Evaluate candidates of a search beside other processes, until it is done.
 
-    On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database.
+    On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database. What is set is
+    this worker's alone, such as data.source where images lie elsewhere.
     """
     _keep_memory()
     _check_run(folder)
@@ -249,7 +251,7 @@ def worker(
 
     if tied:
         pipeline.end_with_input()
-    bench = pipeline.open_run(folder)
+    bench = pipeline.open_run(folder, overrides=set_ or ())
     try:
         with console.display() as listener:
             pipeline.join_search(bench, study=study, listener=listener)

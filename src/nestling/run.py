@@ -19,7 +19,9 @@ from nestling.config import ConfigError, RunConfig, parse_config
 PACKAGES = ("nestling", "torch", "torchvision", "timm", "optuna", "onnx", "onnxruntime", "numpy")
 
 
-CHANGEABLE = {
+OF_A_MACHINE = {"torch_device", "data.source", "data.workers"}
+"""What a copy of a run on another machine may need otherwise: images are the same wherever they lie."""
+CHANGEABLE = OF_A_MACHINE | {
     "search.trials", "search.strategy", "search.population", "search.batch", "search.warm_start",
     "search.sensitivity", "search.race", "search.warm_from", "search.stop_below", "search.workers",
     "search.study", "search.limits", "export.members", "train.checkpoint_seconds",

@@ -87,7 +87,7 @@ def search_supernet(bench: Workbench, *, listener: Listener) -> SearchResult:
 def join_search(bench: Workbench, *, study: str | None = None, listener: Listener) -> SearchResult:
     """The result of the run's search, in which this process takes part beside others.
 
-    The study is in the database `study`, where that is given.
+    The study is in the database `study`, where that is given. What the bench is asked for is not kept.
 
     Raises:
         Exception: as `search_supernet`.

@@ -27,7 +27,7 @@ from nestling.pipeline.summary import data_facts, report_content
 from nestling.pipeline.training import train_supernet
 from nestling.pipeline.workbench import Workbench
 from nestling.report import ReportFiles, write_report
-from nestling.run import Run, RunError, differences
+from nestling.run import OF_A_MACHINE, Run, RunError, differences
 from nestling.search import check_limits, spread_along_front
 from nestling.space import Arch, load_space
 from nestling.train.distributed import ALONE, Ranks
@@ -187,7 +187,8 @@ def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener:
     source.check_trained()
     config = override_config(source.config, [f"name={json.dumps(folder.name)}", *overrides])
     changed = differences(source.config.model_dump(), config.model_dump())
-    fixed = sorted(name for name in changed if name != "name" and name.split(".")[0] not in OWN_PARTS)
+    free = OF_A_MACHINE | {"name"}
+    fixed = sorted(name for name in changed - free if name.split(".")[0] not in OWN_PARTS)
     if fixed:
         raise RunError(
             f"a run with the supernet of {other} cannot have another {', '.join(fixed)}; train one of its own"

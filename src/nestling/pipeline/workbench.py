@@ -81,7 +81,8 @@ class Workbench:
         if begun is not None and begun["fingerprint"] != data.fingerprint:
             raise RunError(
                 f"the images of {config.source} are no longer those that {self.run.folder} began with: "
-                "its test images may now be among those it learnt from; begin a new run"
+                "its test images may now be among those it learnt from; name the right ones with "
+                "--set data.source=..., or begin a new run"
             )
         return data
 

@@ -6,11 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from nestling.config import ConfigError, load_config
+from nestling.data import DataError
+from nestling.pipeline import searching
 from nestling.pipeline.listening import Silent
-from nestling.pipeline.searching import search_supernet
+from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.settling import settle
 from nestling.pipeline.stages import open_run, prepare
 from nestling.pipeline.studies import is_searched, problem, searched, study_place
@@ -105,6 +109,48 @@ def test_a_configuration_that_is_refused_leaves_a_run_that_has_begun_as_it_was(r
     config = load_config(TESTS / "toy.toml", overrides=["search.limits.latency_ms=1.5"])
     prepare(config, run, listener=Silent()).close()
     assert searched(open_run(run)).problem.limits == problem(open_run(run)).limits != ()
+
+
+def write_images(root: Path, *, shift: int = 0) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 90), ("val", 30)):
+        for number in range(count):
+            folder = root / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 200, (16, 16, 3), dtype=np.uint8) + np.uint8(shift)
+            Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return root
+
+
+def test_a_copy_on_another_machine_is_searched_there_with_the_same_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [
+        f"data.source={write_images(tmp_path / 'there')}",
+        "torch_device=cuda",
+        "data.train_images=30",
+        "data.test_images=20",
+    ]
+    bench = Workbench(Run.create(tmp_path / "run", load_config(TESTS / "toy.toml", overrides=settings)))
+    bench.run.write_json("data.json", {"fingerprint": bench.data.fingerprint})
+    bench.run.write_json("training.json", {})
+    assert bench.space.size > 1
+    bench.checkpoints.mkdir()
+    (tmp_path / "there").rename(tmp_path / "here")
+    with pytest.raises(DataError, match="there"):
+        _ = open_run(tmp_path / "run").data
+    other = write_images(tmp_path / "other", shift=1)
+    with pytest.raises(RunError, match=r"no longer those .* name the right ones with --set data\.source="):
+        open_run(tmp_path / "run", overrides=[f"data.source={other}"])
+
+    asked = [f"data.source={tmp_path / 'here'}", "torch_device=cpu", "data.workers=0"]
+    seen: list[Workbench] = []
+    monkeypatch.setattr(searching, "_search", lambda bench, *_: seen.append(bench))
+    join_search(open_run(tmp_path / "run", overrides=asked), listener=Silent())
+    assert Run.open(tmp_path / "run").config() == bench.config  # a worker keeps it to itself
+    assert seen[0].torch_device.type == "cpu"
+    settle(open_run(tmp_path / "run", overrides=asked), note=pytest.fail)
+    assert open_run(tmp_path / "run").data.fingerprint == bench.data.fingerprint
 
 
 def test_a_study_that_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
