@@ -29,8 +29,8 @@ CHANGEABLE = OF_A_MACHINE | {
 }  # fmt: skip
 """What may change after training has begun: it alters nothing that was measured."""
 DERIVED = (
-    "space.toml", "data.json", "precisions.json", "teachers.json", "latency_measured.json",
-    "latency_model.json",
+    "space.toml", "space_given.toml", "data.json", "precisions.json", "teachers.json",
+    "latency_measured.json", "latency_model.json",
 )  # fmt: skip
 """What comes of a configuration before training: another one begins without it.
 
@@ -89,6 +89,11 @@ class Run:
     def space_file(self) -> Path:
         """The search space, with the constants that the data decided."""
         return self.folder / "space.toml"
+
+    @property
+    def given_space_file(self) -> Path:
+        """The search space before data and device had their say; runs of before have none."""
+        return self.folder / "space_given.toml"
 
     @property
     def study_file(self) -> Path:

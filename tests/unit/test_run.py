@@ -91,7 +91,7 @@ def test_before_training_a_configuration_is_replaced_with_all_that_came_of_it(
     tmp_path: Path,
 ) -> None:
     run = Run.create(tmp_path, CONFIG)
-    old = [run.space_file.name, "data.json", OFFERED, TEACHERS, MEASURED, MODEL]
+    old = [run.space_file.name, run.given_space_file.name, "data.json", OFFERED, TEACHERS, MEASURED, MODEL]
     for name in (*old, "measurements.db"):
         (tmp_path / name).write_text("of the old one")
     other = CONFIG.model_copy(update={"seed": 2})

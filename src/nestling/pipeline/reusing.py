@@ -16,7 +16,7 @@ from nestling.pipeline.studies import REFERENCE, searched, weights
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run, RunError
 from nestling.search import Metrics, SearchResult
-from nestling.space import Arch, SpaceError, load_space
+from nestling.space import Arch, SearchSpace, SpaceError, load_space
 
 KEPT = "reused.json"
 """The run's file of what was taken over, for workers on machines that do not see the other run."""
@@ -134,7 +134,8 @@ def _refuse_different(bench: Workbench, other: Workbench) -> None:
     mine, its = bench.config, other.config
     images = (other.run.read_json("data.json") or {}).get("fingerprint")
     differing = {
-        "the space (but for its precisions)": _without_precisions(bench) != _without_precisions(other),
+        "the space (but for its precisions)": but_for_precisions(load_space(bench.run.space_file))
+        != but_for_precisions(load_space(other.run.space_file)),
         "the supernet's weights": weights(bench) != weights(other),
         "the images, or how they are split": images != bench.data.fingerprint,
         "[quant]": mine.quant != its.quant,
@@ -149,8 +150,8 @@ def _refuse_different(bench: Workbench, other: Workbench) -> None:
         )
 
 
-def _without_precisions(bench: Workbench) -> tuple[object, ...]:
-    space = load_space(bench.run.space_file)
+def but_for_precisions(space: SearchSpace) -> tuple[object, ...]:
+    """What two spaces have in common whose networks have the same weights."""
     return (space.family, tuple(choice for choice in space.choices if not is_precision(choice.name)))
 
 

@@ -20,6 +20,7 @@ from nestling.pipeline.listening import Listener
 from nestling.pipeline.members import export_members, write_member
 from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.policies import chosen_policy
+from nestling.pipeline.reusing import but_for_precisions
 from nestling.pipeline.searching import search_supernet
 from nestling.pipeline.settling import SETTLED, check_asked, settle
 from nestling.pipeline.studies import problem, searched, weights
@@ -29,7 +30,7 @@ from nestling.pipeline.workbench import Workbench
 from nestling.report import ReportFiles, write_report
 from nestling.run import OF_A_MACHINE, Run, RunError, differences
 from nestling.search import check_limits, spread_along_front
-from nestling.space import Arch, load_space
+from nestling.space import Arch, SearchSpace, load_space, save_space
 from nestling.train.distributed import ALONE, Ranks
 
 OWN_PARTS = {"profile", "search", "export"}
@@ -56,7 +57,16 @@ def prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks
     return made[0] if made else Workbench(Run.open(folder), ranks=ranks)
 
 
-def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Ranks) -> Workbench:
+def _prepare(
+    config: RunConfig,
+    folder: Path,
+    *,
+    listener: Listener,
+    ranks: Ranks = ALONE,
+    like: Workbench | None = None,
+) -> Workbench:
+    """As `prepare` on the first rank; with the space and the images of the run `like`, where one is given."""
+    given = None if like is None else _given_space(like)
     run = Run(folder)
     continued, begun = run.config_file.exists(), run.has_begun
     if begun:
@@ -64,11 +74,19 @@ def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Rank
         bench = Workbench(run, ranks=ranks, config=config)
     else:
         bench = Workbench(Run.create(folder, config), ranks=ranks)
+        if like is not None and given is not None and not run.space_file.exists():
+            save_space(given, run.given_space_file)
+            # its images are those of the other run, as they were split then
+            run.write_json("data.json", like.run.read_json("data.json"))
     if continued:
         listener.note(f"continuing the run in {folder}")
     listener.stage("prepare")
     try:
         offer_precisions(bench, listener=listener)
+        if given is None and Path(config.space).exists():
+            given = load_space(Path(config.space))
+        if given is not None and bench.fitted(given) != bench.space:
+            raise ConfigError(f"{config.space} was changed since {folder} began; begin a new run")
         _refuse_early(bench)
     except Exception as error:
         bench.close()  # the device that precisions were tried on
@@ -84,6 +102,28 @@ def _prepare(config: RunConfig, folder: Path, *, listener: Listener, ranks: Rank
     return bench
 
 
+def _given_space(bench: Workbench) -> SearchSpace:
+    """The space that the run was given, before its data and device had their say.
+
+    Raises:
+        RunError: the run is of before copies were kept, and the file is gone or was changed since.
+    """
+    folder, file, kept = bench.run.folder, Path(bench.config.space), bench.run.given_space_file
+    if kept.exists():
+        return load_space(kept)
+    if not file.exists():
+        raise RunError(
+            f"{folder} keeps no copy of its space as it was given, and {file} is gone; bring it back"
+        )
+    given, fitted = load_space(file), load_space(bench.run.space_file)
+    added = {name: fitted.largest[name] for name in ("classes", "resolution")}
+    if "resolution" in given.by_name:
+        del added["resolution"]
+    if but_for_precisions(given.with_constants(added)) != but_for_precisions(fitted):
+        raise RunError(f"{file} was changed since {folder} began, which keeps no copy of it; bring it back")
+    return given
+
+
 def _refuse_early(bench: Workbench) -> None:
     """Tries, before hours are spent, what would otherwise fail after training.
 
@@ -92,9 +132,6 @@ def _refuse_early(bench: Workbench) -> None:
             unknown or cannot be used; a limit on multiply-accumulates that no network keeps.
     """
     config, space = bench.config, bench.space
-    given = load_space(Path(config.space)) if Path(config.space).exists() else space
-    if bench.fitted(given) != space:
-        raise ConfigError(f"{config.space} was changed since {bench.run.folder} began; begin a new run")
     check_asked(bench)
     supernet = bench.new_supernet()
     _refuse_unsortable(supernet, config.train)
@@ -176,11 +213,11 @@ def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener:
     """The workbench of a new run in `folder`, for another device, with the supernet of the run `other`.
 
     Its configuration is that of `other` with `overrides`, which change no more than the device, the search
-    and the export. What was begun and not finished is continued.
+    and the export, and where images lie and networks train. What was begun and not finished is continued.
 
     Raises:
         RunError: `other` is not trained, an override changes what its weights depend on, or `folder` holds
-            another run.
+            another run; the images are others, or the space of a run of before is not to be had any more.
         Exception: as `prepare`.
     """
     source = Workbench(Run.open(other))
@@ -193,10 +230,7 @@ def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener:
         raise RunError(
             f"a run with the supernet of {other} cannot have another {', '.join(fixed)}; train one of its own"
         )
-    if not Run(folder).config_file.exists():  # its images are those of the source, as they were split then
-        folder.mkdir(parents=True, exist_ok=True)
-        Run(folder).write_json("data.json", source.run.read_json("data.json"))
-    bench = prepare(config, folder, listener=listener)
+    bench = _prepare(config, folder, listener=listener, like=source)
     copied = folder / "training.copied"
     if not bench.checkpoints.exists():
         shutil.rmtree(copied, ignore_errors=True)

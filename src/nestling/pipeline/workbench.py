@@ -88,8 +88,10 @@ class Workbench:
 
     @cached_property
     def _bare_space(self) -> SearchSpace:
-        saved = self.run.space_file
-        return load_space(saved if saved.exists() else Path(self.config.space))
+        for saved in (self.run.space_file, self.run.given_space_file):
+            if saved.exists():
+                return load_space(saved)
+        return load_space(Path(self.config.space))
 
     @property
     def given_space(self) -> SearchSpace:
@@ -106,6 +108,7 @@ class Workbench:
         space = self.fitted(self._bare_space)
         if not self.run.space_file.exists():
             check_space(space, self.family)
+            save_space(self._bare_space, self.run.given_space_file)
             save_space(space, self.run.space_file)
         return space
 
