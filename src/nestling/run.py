@@ -177,9 +177,11 @@ class Run:
             )
 
     def keep(self, config: RunConfig) -> None:
-        """Makes `config` the run's configuration, where it differs."""
+        """Makes `config` the run's configuration, where it differs; provenance tells of it under `later`."""
         if self.changes(config):
-            self.write_json("provenance.json", provenance())
+            first = self.read_json("provenance.json") or {}
+            later = [*first.get("later", []), provenance()]
+            self.write_json("provenance.json", {**first, "later": later})
             self._write_config(config)
 
     def _write_config(self, config: RunConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,24 @@ def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> No
     for change in ({"trials": 7}, {"limits": {"size_mb": 1.0}}, {"workers": 3}, {"strategy": "random"}):
         other = CONFIG.model_copy(update={"search": CONFIG.search.model_copy(update=change)})
         assert Run.create(tmp_path, other).config() == other
+
+
+def test_later_commands_are_told_beside_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nestling", "train", "toy.toml"])
+    run = Run.create(tmp_path, CONFIG)
+    began = run.read_json("provenance.json")
+    (tmp_path / "training").mkdir()
+    for trials in ("7", "8", "8"):
+        monkeypatch.setattr(sys, "argv", ["nestling", "search", "--set", f"search.trials={trials}"])
+        search = CONFIG.search.model_copy(update={"trials": int(trials)})
+        run.keep(CONFIG.model_copy(update={"search": search}))
+    found = run.read_json("provenance.json")
+    later = found.pop("later")
+    assert found == began
+    assert [told["command"][-1] for told in later] == ["search.trials=7", "search.trials=8"]
+    assert all(told.keys() == began.keys() for told in later)
 
 
 def test_a_slower_file_may_be_waited_for_after_training_has_begun(tmp_path: Path) -> None:
