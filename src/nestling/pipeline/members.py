@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from nestling.export import export_weights, load_onnx, save_onnx, to_onnx, with_metadata
@@ -23,6 +25,7 @@ from nestling.search import SearchResult, spread_along_front
 from nestling.space import Arch
 
 TEST_SPLIT = "test_split.npz"
+MEMBER = re.compile(r"\d{2,}-[0-9a-f]{12}")
 
 _LOAD_WEIGHTS = """
 # The weights, batch-normalization statistics included. Input: (N, 3, {resolution}, {resolution}), normalised
@@ -54,7 +57,7 @@ def export_members(
             + (f"; reasons of failed ones: {failed}" if failed else "; loosen search.limits")
         )
     chosen = spread_along_front(result, bench.config.export.members)
-    for old in list(bench.run.exports.glob("[0-9][0-9]-*")):  # a folder is not read while it changes
+    for old in member_folders(bench.run.exports):
         shutil.rmtree(old)
     members = []
     for number, trial in enumerate(chosen, start=1):
@@ -63,6 +66,12 @@ def export_members(
         on_member(name, number, len(chosen))
     bench.run.write_json("members.json", members)
     return members
+
+
+def member_folders(exports: Path) -> list[Path]:
+    """The folders of the front's members in `exports`: `01-KEY` and on; none where it is missing."""
+    # a fine-tuned network's folder, KEY-tuned-HASH, may begin with digits too
+    return sorted(path for path in exports.glob("*-*") if MEMBER.fullmatch(path.name))
 
 
 def write_member(bench: Workbench, arch: Arch, *, name: str, searched: Mapping[str, float]) -> dict[str, Any]:

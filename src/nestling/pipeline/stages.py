@@ -17,7 +17,7 @@ from nestling.models.cost import cost
 from nestling.models.initialization import zero_last_norms
 from nestling.models.supernet import Supernet, capped
 from nestling.pipeline.listening import Listener
-from nestling.pipeline.members import export_members, write_member
+from nestling.pipeline.members import export_members, member_folders, write_member
 from nestling.pipeline.offering import offer_precisions
 from nestling.pipeline.policies import chosen_policy
 from nestling.pipeline.reusing import but_for_precisions
@@ -256,7 +256,7 @@ def export_front(bench: Workbench, *, listener: Listener) -> list[dict[str, Any]
         raise RunError(f"{bench.run.folder} was not searched yet; `nestling search` does that")
     done = bench.run.read_json("members.json")
     chosen = [trial.arch.key for trial in spread_along_front(result, bench.config.export.members)]
-    there = {folder.name for folder in bench.run.exports.glob("[0-9][0-9]-*")}
+    there = {folder.name for folder in member_folders(bench.run.exports)}
     if (
         done is not None
         and [member["arch_key"] for member in done] == chosen
