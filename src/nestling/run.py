@@ -124,8 +124,7 @@ class Run:
         if run.config_file.exists():
             if not run.changes(config):
                 return run
-            for name in DERIVED:
-                (folder / name).unlink(missing_ok=True)
+            run.forget_derived()
         run.write_json("provenance.json", provenance())
         run._write_config(config)
         return run
@@ -183,6 +182,11 @@ class Run:
             later = [*first.get("later", []), provenance()]
             self.write_json("provenance.json", {**first, "later": later})
             self._write_config(config)
+
+    def forget_derived(self) -> None:
+        """Removes what came of a configuration and its space before training, so that it is found anew."""
+        for name in DERIVED:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _write_config(self, config: RunConfig) -> None:
         write_atomically(self.config_file, config.model_dump_json(indent=2).encode())

@@ -74,6 +74,9 @@ def _prepare(
         bench = Workbench(run, ranks=ranks, config=config)
     else:
         bench = Workbench(Run.create(folder, config), ranks=ranks)
+        kept, file = run.given_space_file, Path(config.space)
+        if like is None and kept.exists() and file.exists() and load_space(file) != load_space(kept):
+            run.forget_derived()  # nothing is trained yet: the space that was mended is the run's
         if like is not None and given is not None and not run.space_file.exists():
             save_space(given, run.given_space_file)
             # its images are those of the other run, as they were split then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from nestling.config import ConfigError, load_config
 from nestling.data import DataError
-from nestling.pipeline import searching
+from nestling.pipeline import searching, stages
 from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.settling import settle
@@ -24,6 +25,12 @@ from nestling.search import InfeasibleLimit, StudyMismatch, search
 from nestling.space import Arch
 
 TESTS = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _device_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "offer_precisions", lambda *_, **__: None)
+    monkeypatch.setattr(Workbench, "device", SimpleNamespace(fingerprint="a device"))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,20 @@ def test_a_configuration_that_is_refused_leaves_a_run_that_has_begun_as_it_was(r
     config = load_config(TESTS / "toy.toml", overrides=["search.limits.latency_ms=1.5"])
     prepare(config, run, listener=Silent()).close()
     assert searched(open_run(run)).problem.limits == problem(open_run(run)).limits != ()
+
+
+def test_a_space_may_be_mended_until_training_begins(tmp_path: Path) -> None:
+    space = Path(shutil.copy(TESTS / "toy_space.toml", tmp_path / "space.toml"))
+    config = load_config(TESTS / "toy.toml").model_copy(update={"space": str(space)})
+    prepare(config, tmp_path / "run", listener=Silent()).close()
+    space.write_text(space.read_text().replace("kernel = [3, 5]", "kernel = [3, 7]"))
+    bench = prepare(config, tmp_path / "run", listener=Silent())
+    bench.close()
+    assert {values for c in bench.space.choices if "kernel" in c.name for values in c.values} == {3, 7}
+    bench.checkpoints.mkdir()
+    space.write_text(space.read_text().replace("kernel = [3, 7]", "kernel = [3, 5]"))
+    with pytest.raises(ConfigError, match=r"space\.toml was changed since .* began; begin a new run"):
+        prepare(config, tmp_path / "run", listener=Silent())
 
 
 def write_images(root: Path, *, shift: int = 0) -> Path:
