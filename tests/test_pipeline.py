@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nestling import pipeline
 from nestling.config import ConfigError, RunConfig, load_config
 from nestling.models.families import family as family_of
-from nestling.pipeline import searching
+from nestling.pipeline import concluding
 from nestling.pipeline.studies import problem
 from nestling.run import RunError
 from nestling.search import InfeasibleLimit, load_result
@@ -50,7 +50,7 @@ class Listening(pipeline.Silent):
 def _no_pauses_at_the_end() -> Iterator[None]:
     """The machine may be busy all the while, and a front that changes is a front that is exported anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "PAUSES_AT_END", ())
+        patch.setattr(concluding, "PAUSES_AT_END", ())
         yield
 
 
