@@ -48,6 +48,7 @@ from nestling.pipeline.untrained import measure_blocks, measure_network
 from nestling.profile import Device, DeviceError, connect
 from nestling.profile.held_out import Learner, Quality, by_macs, by_model, by_table, held_out, qualities
 from nestling.profile.prediction import LEAST
+from nestling.quant import Unquantizable
 from nestling.search import EvaluationFailed
 from nestling.space import Arch, SearchSpace, load_space
 from nestling.space.sampling import stratified
@@ -111,7 +112,11 @@ def measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     judged_archs = [arch for arch in archs if arch.key in found["networks"]]
     with connect(DEVICE, seconds=min(options.seconds, BLOCK_SECONDS)) as device:
         for number, arch in enumerate(judged_archs, 1):
-            parts = measure_blocks(device, build, arch, keep={}, known=found["blocks"], pauses=())
+            try:
+                parts = measure_blocks(device, build, arch, keep={}, known=found["blocks"], pauses=())
+            except (DeviceError, EvaluationFailed, Unquantizable) as error:  # the table cannot tell this one
+                print(f"blocks of {number} of {len(judged_archs)}: {error}", flush=True)
+                continue
             found["blocks"] |= {signature: one.ratio for signature, one in parts.items()}
             restless = {signature for signature, one in parts.items() if one.unstable}
             found["unstable_blocks"] = sorted({*found.get("unstable_blocks", ()), *restless})

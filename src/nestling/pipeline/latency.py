@@ -114,10 +114,10 @@ def load_predictor(bench: Workbench) -> LatencyPredictor | None:
     Raises:
         RunError: its file is damaged.
     """
-    told = bench.run.read_json(MODEL)
-    if told is None:
-        return None
     try:
+        told = bench.run.read_json(MODEL)
+        if told is None:
+            return None
         return LatencyPredictor(
             LatencyModel.from_json(json.dumps(told["model"])),
             _reference_ms(bench, told),

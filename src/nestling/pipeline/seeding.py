@@ -65,7 +65,7 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
         return []
     known = bench.run.read_json(SENSITIVITY) or {}
     timed = "latency_ms" in problem.needed()
-    if "mixes" not in known or known.get("timed") != timed:
+    if "mixes" not in known or known.get("timed", timed) != timed:  # runs of before do not tell
         if "refused" in known:  # by another process of this search, maybe
             raise Unquantizable(known["refused"])
         if listener is not None and (left_out := _left_out(bench.config.quant)):
@@ -73,6 +73,7 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
                 f"sensitivity, which archs to begin with come from, leaves out what {' and '.join(left_out)} "
                 "of [quant] mend: candidates are made with it, and lose less than it tells"
             )
+        before = known
         try:
             measured = kept_sensitivity(bench)
             known = layer_facts(bench, measured)
@@ -81,7 +82,10 @@ def seeds(bench: Workbench, problem: Problem, *, listener: Listener | None = Non
             known["timed"] = timed
             known["mixes"] = [mix_facts(bench, measured, mix) for mix in found]
         except (Untraceable, Unquantizable) as error:
-            bench.run.write_json(SENSITIVITY, {**known, "refused": str(error)})
+            # the limits may be taken away again, and then those of before serve
+            bench.run.write_json(
+                SENSITIVITY, before if "mixes" in before else {**known, "refused": str(error)}
+            )
             raise
         bench.run.write_json(SENSITIVITY, known)
     hosts = space.spread(3)[1:]

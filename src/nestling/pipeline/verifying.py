@@ -123,6 +123,7 @@ def check_precisions(device: Device, path: Path, quantized: Quantized, policy: Q
         DeviceError: the runtime refuses the file.
     """
     graph, ranges = quantized.graph, quantized.ranges
+    # products with vectors too: their constants are floats, and no runtime may make integers of them
     weighted = {
         operator.name: operator.layer
         for operator in graph.operators

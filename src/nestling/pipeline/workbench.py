@@ -74,9 +74,8 @@ class Workbench:
         if config.size is None and sides:
             config = config.model_copy(update={"size": max(int(side) for side in sides)})
         begun = self.run.read_json("data.json")
-        few: Few = (
-            "drawn" if begun is None else begun.get("few", "first")
-        )  # the first, before it was written down
+        # runs of before it was written down had the first ones
+        few: Few = "drawn" if begun is None else begun.get("few", "first")
         data = load_data(config, seed=self.config.seed, few=few)
         if begun is not None and begun["fingerprint"] != data.fingerprint:
             raise RunError(

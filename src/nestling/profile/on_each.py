@@ -12,6 +12,7 @@ from nestling.profile.opening import open_device
 from nestling.profile.transport import DeviceError, DevicesGoneError
 
 LEAST_TIMEOUT_SECONDS = 120.0
+"""What a device may take for all that is asked of a file at once, however short its timing."""
 
 
 def profile_on_each(

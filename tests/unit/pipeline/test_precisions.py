@@ -170,6 +170,21 @@ def test_a_worker_lost_while_timing_says_nothing_about_the_precision(cpu: Worker
     assert found.speedup == pytest.approx(2.5)
 
 
+def test_a_precision_whose_timing_costs_every_worker_is_refused_where_floats_are_timed(
+    cpu: WorkerDevice, tmp_path: Path
+) -> None:
+    store = MeasurementStore(tmp_path / "measurements.db")
+    found = _probe(Other(cpu, slips=[WorkerLostError("killed")] * 3), "Conv", timed=True, store=store)
+    assert (found.status, found.lost) == ("refused", True)
+    again = _probe(Other(cpu), "Conv", timed=True, store=store)  # of the moment: nothing was remembered
+    assert again.status == "executed"
+
+
+def test_a_device_that_times_nothing_refuses_no_precision(cpu: WorkerDevice) -> None:
+    with pytest.raises(WorkerLostError, match="killed"):
+        _probe(Other(cpu, slips=[WorkerLostError("killed")] * 4), "Conv", timed=True)
+
+
 def test_a_device_that_is_not_there_refuses_no_precision(cpu: WorkerDevice) -> None:
     def gone() -> Fingerprint:
         raise DeviceError("no such board")

@@ -154,6 +154,7 @@ def test_the_scales_of_its_file_are_learned_and_its_layers_run_on_integers(
     assert scales[0].keys() == scales[1].keys()
     assert all(scales[0][name] != scales[1][name] for name in scales[0])
     computed = {node.op for node in bench.device.optimized_ops(folder / "model.onnx") or ()}
+    assert any(op.endswith("QLinearConv") for op in computed)
     assert "Conv" not in computed
 
 

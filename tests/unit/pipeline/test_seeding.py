@@ -189,6 +189,34 @@ def test_mixes_save_what_the_search_weighs_now(bench: Workbench, monkeypatch: py
     assert costs() == of_weights
 
 
+def test_mixes_of_before_serve_again_where_those_for_other_limits_cannot_be_had(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weighing(metric: str) -> Problem:
+        return Problem.parse(bench.space, objectives=["top1", metric], limits={})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Unquantizable("no kernel between them")
+
+    found = seeds(bench, weighing("size_mb"))
+    monkeypatch.setattr(seeding, "mixes", refuse)
+    with pytest.raises(Unquantizable, match="no kernel"):
+        seeds(bench, weighing("latency_ms"))
+    assert seeds(bench, weighing("size_mb")) == found
+
+
+def test_mixes_that_do_not_tell_what_they_save_are_kept(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seeds(bench, problem(bench))
+    facts = bench.run.read_json(SENSITIVITY)
+    assert facts is not None
+    del facts["timed"]  # as runs of before have it
+    bench.run.write_json(SENSITIVITY, facts)
+    monkeypatch.delattr(seeding, "mixes")
+    assert seeds(bench, problem(bench)) == found
+
+
 @pytest.mark.parametrize("error", [Untraceable, Unquantizable])
 @pytest.mark.parametrize("name", ["mixes", "measure_sensitivity"])
 def test_what_cannot_be_quantized_is_found_once_and_told_to_every_worker(
