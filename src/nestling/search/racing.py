@@ -98,7 +98,8 @@ def race(
 def unbeaten(trials: Sequence[Trial], *, total: int, confidence: float = CONFIDENCE) -> list[Trial]:
     """The trials that lost a race and that nothing beats any more, the most accurate first.
 
-    What beat one may have been timed again since, and be dearer than it was thought to be.
+    What beat one may have been timed again since, and be dearer than it was thought to be. One whose latency
+    is no more than unstable beats as before: it is doubted because the device was slow, and is no dearer.
 
     Args:
         trials: all there are; races were over `total` images.
@@ -117,7 +118,7 @@ def unbeaten(trials: Sequence[Trial], *, total: int, confidence: float = CONFIDE
         for trial in trials
         if trial.state == "complete"
         and trial.is_partial
-        and not is_beaten(trials, trial.metrics, reached(trial))
+        and not _beaten(trials, trial.metrics, reached(trial))
     ]
     return sorted(left, key=lambda trial: (-trial.metrics["top1"], trial.number))
 
@@ -129,11 +130,17 @@ def is_beaten(trials: Sequence[Trial], costs: Metrics, top1: float) -> bool:
     candidates, it leaves the better one. Trials that were scored on a part of the images, or whose latency is
     unstable, beat nobody.
     """
+    sure = [trial for trial in trials if not trial.metrics.get("latency_unstable")]
+    return _beaten(sure, costs, top1)
+
+
+def _beaten(trials: Sequence[Trial], costs: Metrics, top1: float) -> bool:
+    """The same, also by trials whose latency is unstable."""
     names = [name for name in costs if DIRECTIONS.get(name) == "minimise"]
     return any(
         trial.metrics["top1"] > top1 and all(trial.metrics.get(n, float("inf")) <= costs[n] for n in names)
         for trial in trials
-        if trial.state == "complete" and not trial.is_partial and not trial.metrics.get("latency_unstable")
+        if trial.state == "complete" and not trial.is_partial
     )
 
 

@@ -142,6 +142,16 @@ def test_what_lost_its_race_to_a_trial_that_turned_out_dearer_is_told(better: Tr
     assert unbeaten([slower, far, near], total=400) == [near, far]
 
 
+def test_a_race_stays_lost_to_a_trial_whose_latency_is_no_more_than_unstable_since(better: Trial) -> None:
+    _, second, _ = archs(3).walk()
+    costs = {"latency_ms": 2.5, "mmacs": 6.0, "size_mb": 2.0}
+    near = trial(second, **costs, top1=50 / 64, top1_images=64.0, top1_partial=1.0)
+    doubted = trial(better.arch, **better.metrics, latency_unstable=1.0)
+    assert unbeaten([doubted, near], total=400) == []
+    dearer = trial(better.arch, **{**doubted.metrics, "latency_ms": 3.0})
+    assert unbeaten([dearer, near], total=400) == [near]
+
+
 def test_races_that_were_lost_stay_lost_where_nothing_was_timed_again() -> None:
     raced, _ = searched(racing=True)
     assert any(trial.is_partial for trial in raced.trials)
