@@ -36,7 +36,6 @@ class EvalImages:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     kept: Kept = field(default_factory=Kept, repr=False)
-    _mine: object = field(default_factory=object, repr=False, init=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +58,7 @@ class EvalImages:
         return self._batches(resolution, batch_size, torch.device(device))
 
     def _batches(self, resolution: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        whole = self.kept.fitted(self.images, resolution, whose=self._mine)
+        whole = self.kept.fitted(self.images, resolution, whose=self)
         for start in range(0, len(self), batch_size):
             stop = min(start + batch_size, len(self))
             if whole is None:
@@ -77,7 +76,7 @@ class EvalImages:
             DataError: a damaged image (on disk only), or a resolution below 1.
         """
         _at_least_one(resolution=resolution)
-        whole = self.kept.fitted(self.images, resolution, whose=self._mine)
+        whole = self.kept.fitted(self.images, resolution, whose=self)
         pixels = fit_all(self.images, resolution) if whole is None else whole
         return normalise(pixels, mean=self.mean, std=self.std)
 

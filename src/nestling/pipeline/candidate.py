@@ -16,7 +16,7 @@ from nestling.models.cost import Cost
 from nestling.models.graph import Graph, Untraceable
 from nestling.pipeline.floats import FloatNetwork
 from nestling.pipeline.policies import is_precision, quant_policy
-from nestling.pipeline.verifying import checked_images, verify_candidate
+from nestling.pipeline.verifying import verify_candidate
 from nestling.pipeline.workbench import Workbench
 from nestling.pipeline.writing import write_file, write_officially
 from nestling.quant import Quantized, QuantPolicy, Recipe, Unquantizable, quantize, weight_bits
@@ -207,7 +207,7 @@ def recalibrated(bench: Workbench, arch: Arch, network: nn.Module) -> FloatNetwo
     """`network`, a plain network of `arch`, recalibrated in place and moved to the CPU."""
     resolution = bench.resolution(arch)
     recalibrate(network, bench.recalibration_images(resolution))
-    image = torch.from_numpy(checked_images(bench).array(resolution)[:1])
+    image = torch.from_numpy(bench.checked_images.array(resolution)[:1])
     return FloatNetwork(network.cpu(), resolution=resolution, image=image)
 
 

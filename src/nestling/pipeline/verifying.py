@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nestling.data import EvalImages
 from nestling.export import ExportMismatch, verify
 from nestling.models.graph import Graph
 from nestling.pipeline.workbench import Workbench
@@ -27,7 +26,6 @@ from nestling.search import EvaluationFailed
 if TYPE_CHECKING:
     from nestling.pipeline.candidate import Candidate
 
-CHECKED_IMAGES = 16
 EXACT_INSTRUCTIONS = "avx512_vnni"
 """With these, integers of ONNX Runtime's CPU provider are the simulation's to the last bit."""
 
@@ -42,7 +40,7 @@ def verify_candidate(bench: Workbench, candidate: Candidate) -> float:
         DeviceError: there is no such device.
         DevicesGoneError: the device cannot be used any more.
     """
-    images = torch.from_numpy(checked_images(bench).array(candidate.resolution))
+    images = torch.from_numpy(bench.checked_images.array(candidate.resolution))
     device = bench.device  # where there is none, that is not the candidate's failure
     try:
         with ThreadPoolExecutor(1) as beside, _a_core_left():
@@ -102,11 +100,6 @@ def _computes_exactly(device: Device) -> bool:
     """Whether the device's integers are those that the simulation was made after."""
     fingerprint = device.fingerprint
     return "ort:cpu" in fingerprint.device and EXACT_INSTRUCTIONS in fingerprint.instructions
-
-
-def checked_images(bench: Workbench) -> EvalImages:
-    """The search images by which files are compared with PyTorch."""
-    return bench.data.search.take(min(CHECKED_IMAGES, len(bench.data.search)))
 
 
 def check_precisions(device: Device, path: Path, quantized: Quantized, policy: QuantPolicy) -> None:

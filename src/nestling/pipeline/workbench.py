@@ -34,6 +34,7 @@ from nestling.train.strategies import Strategy, make_strategy
 from nestling.train.teachers import SoftLabels, load_teacher
 
 EVALUATION_BATCH = 256
+CHECKED_IMAGES = 16
 OFFERED = "precisions.json"
 """The run's file of the precisions that its device can use, and of those that were dropped."""
 
@@ -315,6 +316,11 @@ class Workbench:
         """Training images without augmentation for ranges, in batches (N, 3, R, R), on the CPU."""
         for batch in self._calibration.at(resolution, batch_size=EVALUATION_BATCH):
             yield batch.images
+
+    @cached_property
+    def checked_images(self) -> EvalImages:
+        """The search images by which files are compared with PyTorch."""
+        return self.data.search.take(min(CHECKED_IMAGES, len(self.data.search)))
 
     @cached_property
     def _recalibration(self) -> EvalImages:

@@ -94,6 +94,23 @@ def test_resized_images_of_all_parts_and_sides_are_kept_up_to_so_many_bytes(
     assert len(opened) == 24
 
 
+def test_images_that_nobody_has_any_more_are_not_kept(
+    counted: Callable[[int], tuple[EvalImages, list[int]]],
+) -> None:
+    whole, opened = counted(10_000)
+    whole.array(5)
+    before = whole.kept.held
+    part = whole.take(4)
+    part.array(6)
+    part.array(7)
+    assert whole.kept.held == before + 4 * 3 * (6**2 + 7**2)
+    del part
+    assert whole.kept.held == before
+    opened.clear()
+    whole.array(5)
+    assert opened == []
+
+
 def test_those_longest_unused_go_first(counted: Callable[[int], tuple[EvalImages, list[int]]]) -> None:
     whole, opened = counted(12 * 3 * (6**2 + 7**2))
     for side in (5, 6, 5, 7):

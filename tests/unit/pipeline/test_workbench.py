@@ -41,3 +41,9 @@ def test_a_run_begun_now_draws_the_classes_of_few_images_and_finds_them_again(tm
     again = open_bench(tmp_path)
     assert again.data.search.key == bench.data.search.key
     assert calibrated_on(again) == calibrated_on(bench) != {0, 1, 2, 3}
+
+
+def test_files_are_checked_on_the_same_images_whenever_they_are_asked_for(tmp_path: Path) -> None:
+    bench = open_bench(tmp_path)
+    assert bench.checked_images is bench.checked_images  # or they would be resized for each file
+    assert bench.checked_images.key == bench.data.search.take(6).key
