@@ -12,6 +12,7 @@ from nestling.pipeline.studies import Place, problem
 from nestling.pipeline.workbench import Workbench
 from nestling.profile.address import Address, parse_addresses
 from nestling.search import Metrics, SearchResult, Trial, correct_trial, evaluated, load_result
+from nestling.search.racing import unbeaten
 
 
 def concluded(
@@ -21,21 +22,46 @@ def concluded(
 
     Timing the front again may be what first sees the device at its best; with other milliseconds, limits let
     other members in. What lost its race to a member that turned out dearer is scored on all images.
+
+    Args:
+        bench, place, result, listener: of the search.
+        fresh: whether this command evaluated candidates, so that the device is there to be asked.
     """
+    address = parse_addresses(bench.config.profile.device)
+    # a search that is done needs no line to a device
+    away = not fresh and (not isinstance(address, Address) or address.place is not None)
+    failed: set[int] = set()
     told = rescaled(bench, place, result, listener)
     while True:
-        steady = _steadied(bench, place, told, listener, fresh=fresh)
-        result = _scored_whole(bench, place, steady, listener)
+        steady = _steadied(bench, place, told, listener, away=away)
+        away = away and steady is told  # what was timed again has opened the line
+        result = _scored_whole(bench, place, steady, listener, away=away, failed=failed)
         told = rescaled(bench, place, result, listener)
         if told is steady:
             return result
 
 
-def _scored_whole(bench: Workbench, place: Place, result: SearchResult, listener: Listener) -> SearchResult:
-    """The result, what lost a race and is not beaten any more scored on all images and recorded."""
+def _scored_whole(
+    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, away: bool, failed: set[int]
+) -> SearchResult:
+    """The result, what lost a race and is not beaten any more scored on all images and recorded.
+
+    Args:
+        bench, place, result, listener: of the search.
+        away: whether the device is not to be asked.
+        failed: see `scored_whole`.
+    """
     if not any(trial.is_partial for trial in result.complete):
         return result
     images = bench.data.search
+    if away:
+        if unbeaten(result.trials, total=len(images)):
+            listener.note(
+                "candidates that nothing beats any more are scored on a part of the images only, as a search "
+                "that is done opens no line to its device; one that goes on, with more `search.trials`, "
+                "scores them on all"
+            )
+        return result
 
     def score_all(trial: Trial) -> Metrics:
         path, side = bench.candidate_path(trial.arch), bench.resolution(trial.arch)
@@ -50,6 +76,7 @@ def _scored_whole(bench: Workbench, place: Place, result: SearchResult, listener
         score=score_all,
         keep=lambda trial, metrics: _corrected(bench, place, trial, metrics),
         note=listener.note,
+        failed=failed,
     )
 
 
@@ -60,19 +87,16 @@ def _corrected(bench: Workbench, place: Place, trial: Trial, metrics: Metrics) -
 
 
 def _steadied(
-    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, fresh: bool
+    bench: Workbench, place: Place, result: SearchResult, listener: Listener, *, away: bool
 ) -> SearchResult:
     """The result, the unstable latencies of its front measured again and recorded.
 
     Args:
         bench, place, result, listener: of the search.
-        fresh: whether this command evaluated candidates, so that the device is there to be asked.
+        away: whether the device is not to be asked which of the others it doubts.
     """
     if "latency_ms" not in problem(bench).needed():
         return result
-    address = parse_addresses(bench.config.profile.device)
-    # a search that is done needs no line to a device
-    away = not fresh and (not isinstance(address, Address) or address.place is not None)
 
     def doubted(trial: Trial) -> bool:
         path = bench.candidate_path(trial.arch)

@@ -65,6 +65,7 @@ def scored_whole(
     score: Callable[[Trial], Metrics],
     keep: Callable[[Trial, Metrics], SearchResult],
     note: Callable[[str], None],
+    failed: set[int],
 ) -> SearchResult:
     """The result, in which everything that lost a race is beaten by something.
 
@@ -77,8 +78,8 @@ def scored_whole(
         score: the metrics of a trial's network, scored on all images.
         keep: records metrics of a trial in place of its own, and gives the result that follows.
         note: is told what was scored again, what could not be, and that the device was away.
+        failed: the numbers of trials that could not be scored and are left; those that follow are added.
     """
-    failed: set[int] = set()
     try:
         while left := [trial for trial in unbeaten(result.trials, total=total) if trial.number not in failed]:
             trial = left[0]

@@ -20,7 +20,7 @@ from nestling.pipeline.studies import about, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.profile import DeviceError, WorkerDevice
 from nestling.run import Run
-from nestling.search import EvaluationFailed, Metrics, SearchResult, Trial, search
+from nestling.search import EvaluationFailed, Metrics, SearchResult, Trial, correct_trial, search
 from nestling.search.opening import open_queue
 from nestling.search.queue import Queue, Task
 from nestling.space import Arch, SearchSpace
@@ -86,7 +86,7 @@ def test_an_unstable_front_is_timed_again_and_recorded_beside_what_was_there(
     monkeypatch.setattr(concluding, "run_reference", lambda *_: {"latency_ms": 3.0})
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    found = _steadied(bench, where, result, listener, fresh=False)
+    found = _steadied(bench, where, result, listener, away=False)
     assert written == [bench.candidate_path(trial.arch)]
     assert found.unstable == ()
     assert found.trials[0].metrics["latency_ms"] == 6.0
@@ -122,7 +122,7 @@ def test_a_latency_that_the_device_doubts_is_recorded_as_unstable_where_it_canno
     monkeypatch.setattr(concluding, "PAUSES_AT_END", (0.0,))
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    _steadied(bench, where, result, listener, fresh=True)
+    _steadied(bench, where, result, listener, away=False)
     assert [one.metrics["latency_ms"] for one in searched(bench).unstable] == [1.0]
     key = trial.arch.key
     assert told == [
@@ -147,7 +147,7 @@ def test_a_device_that_is_away_when_the_front_is_looked_at_ends_no_search(
     monkeypatch.setattr(concluding, "write_candidate", lambda *_: None)
     told: list[str] = []
     listener: Any = SimpleNamespace(note=told.append)
-    assert _steadied(bench, where, result, listener, fresh=True) == result
+    assert _steadied(bench, where, result, listener, away=False) == result
     assert told == ["the front's latencies could not be looked at to the end: the board does not answer"]
 
 
@@ -227,3 +227,56 @@ def test_what_cannot_be_scored_on_all_images_is_told_and_ends_nothing(
     result = concluded(raced, study_place(raced), searched(raced), listener, fresh=True)
     assert len([trial for trial in result.trials if trial.is_partial]) == 2
     assert any("on all images: the worker was lost" in note for note in told)
+
+
+def test_what_fails_again_and_again_is_tried_once_where_others_are_scored_on_all_images(
+    raced: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, near, far = three(raced.space)
+    tried: list[str] = []
+
+    def score(_: object, path: Path, *__: object, **___: object) -> Accuracy:
+        tried.append(path.stem)
+        if path.stem == near.key:
+            raise EvaluationFailed("the worker was lost")
+        return Accuracy(20, 200)
+
+    monkeypatch.setattr(concluding, "score", score)
+    concluded(raced, study_place(raced), searched(raced), Silent(), fresh=True)
+    assert tried == [near.key, far.key]
+
+
+@pytest.mark.parametrize("device", ["ssh://pi@board/ort:cpu", "pool:ssh://a/ort:cpu,ssh://b/ort:cpu"])
+def test_a_search_that_is_done_opens_no_line_to_a_device_for_what_nothing_beats(
+    raced: Workbench, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    fast, near, far = three(raced.space)
+    where, asked = study_place(raced), problem(raced)
+    slower = {"latency_ms": 1.3, "latency_ratio": 1.3, "latency_unstable": 0.0}
+    for trial in searched(raced).trials:
+        if trial.arch == fast:
+            correct_trial(asked, trial, slower, storage=where.storage, name=where.name)
+    profile = raced.config.profile.model_copy(update={"device": device})
+    raced.config = raced.config.model_copy(update={"profile": profile})
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the device is asked")
+
+    monkeypatch.setattr(concluding, "write_candidate", opened)
+    monkeypatch.setattr(concluding, "score", opened)
+    told: list[str] = []
+    listener: Any = SimpleNamespace(note=told.append)
+    result = concluded(raced, where, searched(raced), listener, fresh=False)
+    assert {trial.arch for trial in result.trials if trial.is_partial} == {near, far}
+    assert len(told) == 1
+    assert "nothing beats any more are scored on a part of the images only" in told[0]
+
+
+def test_what_is_timed_again_over_a_line_frees_what_is_then_scored_over_it(
+    raced: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = raced.config.profile.model_copy(update={"device": "ssh://pi@board/ort:cpu"})
+    raced.config = raced.config.model_copy(update={"profile": profile})
+    monkeypatch.setattr(concluding, "score", lambda *_, **__: Accuracy(160, 200))
+    result = concluded(raced, study_place(raced), searched(raced), Silent(), fresh=False)
+    assert three(raced.space)[1] in [trial.arch for trial in result.front]
