@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from nestling.config import ConfigError
 from nestling.pipeline.reusing import check_reused
-from nestling.pipeline.studies import problem, study_place
+from nestling.pipeline.studies import about, problem, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.search import change_limits, check_limits, make_proposer
 
@@ -40,7 +40,7 @@ def settle(bench: Workbench, *, note: Callable[[str], None]) -> None:
         ConfigError: see `check_asked`.
         InfeasibleLimit: no network of the space can keep a limit.
         RunError: of the run `search.warm_from` nothing can be taken over.
-        StudyMismatch: the study is of another problem.
+        StudyMismatch: the study is of another problem, of other images or of another supernet.
         StudyUnavailable: the study's database cannot be reached.
     """
     config, changed = bench.config, bench.run.changes(bench.config)
@@ -49,7 +49,9 @@ def settle(bench: Workbench, *, note: Callable[[str], None]) -> None:
     check_limits(asked, smallest={"mmacs": bench.macs(bench.space.smallest) / 1e6})
     if "search.warm_from" in changed and bench.run.read_json("training.json") is not None:
         check_reused(bench)
-    judged = change_limits(asked, storage=place.storage, name=place.name)
+    # a study is begun once its supernet is trained: to a run that has none yet, each is another's
+    whose = {"weights": "", **about(bench)}
+    judged = change_limits(asked, storage=place.storage, name=place.name, about=whose)
     bench.run.keep(config)
     if judged:
         note(f"{judged} candidates of before are judged by the limits that are given now")

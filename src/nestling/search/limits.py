@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from nestling.search import tables
 from nestling.search.database import Database, StudyMismatch, sqlite_path, study_url
 from nestling.search.objectives import Limit, Problem
-from nestling.search.record import find_study, read_trials, signature
+from nestling.search.record import check_problem, find_study, read_trials, signature
 from nestling.search.study import check_smallest
 
 
@@ -43,16 +43,22 @@ def parse_limits(*, at_most: Iterable[str], at_least: Iterable[str]) -> dict[str
     return found
 
 
-def change_limits(problem: Problem, *, storage: Path | str, name: str) -> int:
+def change_limits(
+    problem: Problem, *, storage: Path | str, name: str, about: Mapping[str, str] | None = None
+) -> int:
     """Lays `problem`'s limits over the study `name` in place of its own: the number of trials judged anew.
 
     What was tried stays; Optuna's constraints of every trial are written anew, in one transaction. Nothing is
     done where there is no such study, or where it has these limits. A search that is under way with other
     limits ends with an error when it has its next outcome.
 
+    Args:
+        problem, storage, name, about: as of `search`.
+
     Raises:
         InfeasibleLimit: the smallest network was tried, and is beyond a limit on a cost.
-        StudyMismatch: the study has trials without a metric that is limited.
+        StudyMismatch: the study is of another problem or `about` something else, has trials without a metric
+            that is limited, or trials that no search of Nestling wrote.
         StudyUnavailable: the database cannot be reached or written.
     """
     path = sqlite_path(study_url(storage))
@@ -61,22 +67,26 @@ def change_limits(problem: Problem, *, storage: Path | str, name: str) -> int:
     database = Database(storage)
     try:
         with database.writing() as connection:
-            return _change(connection, problem, name, where=str(database))
+            return _change(connection, problem, name, about or {}, where=str(database))
     finally:
         database.close()
 
 
-def _change(connection: sa.Connection, problem: Problem, name: str, *, where: str) -> int:
-    study = find_study(connection, name)
+def _change(
+    connection: sa.Connection, problem: Problem, name: str, about: Mapping[str, str], *, where: str
+) -> int:
+    laid_out = sa.inspect(connection).has_table(tables.studies.name)
+    study = find_study(connection, name) if laid_out else None
+    if study is None:
+        return 0
+    check_problem(connection, study, problem, about, where=where, name=name, but_for_limits=True)
+    trials = read_trials(connection, study, first=0, where=where, study_name=name)
     table = tables.study_attributes
     here = sa.and_(table.c.study_id == study, table.c.key == "problem")
-    text = connection.execute(sa.select(table.c.value_json).where(here)).scalar() if study else None
-    if study is None or text is None:
+    text = connection.execute(sa.select(table.c.value_json).where(here)).scalar()
+    there, limits = {} if text is None else json.loads(text), signature(problem)["limits"]
+    if text is None or there["limits"] == limits:
         return 0
-    there, asked = json.loads(text), signature(problem)
-    if there["limits"] == asked["limits"] or any(there[k] != asked[k] for k in asked if k != "limits"):
-        return 0  # what opens the study next tells what differs
-    trials = read_trials(connection, study, first=0, where=where, study_name=name)
     for limit in problem.limits:
         without = sum(bool(trial.metrics) and limit.metric not in trial.metrics for trial in trials)
         if without:
@@ -88,6 +98,6 @@ def _change(connection: sa.Connection, problem: Problem, name: str, *, where: st
     check_smallest(problem, trials)
     tables.replace_constraints(connection, study, problem, trials)
     connection.execute(
-        sa.update(table).where(here).values(value_json=json.dumps({**there, "limits": asked["limits"]}))
+        sa.update(table).where(here).values(value_json=json.dumps({**there, "limits": limits}))
     )
     return len(trials)

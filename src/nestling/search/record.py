@@ -50,7 +50,8 @@ class Record:
             assert found is not None
         self.study = found
         with database.writing() as connection:
-            _check_problem(connection, self.study, problem, about or {}, where=str(database), name=name)
+            check_problem(connection, self.study, problem, about or {}, where=str(database), name=name)
+            _note_problem(connection, self.study, problem, about or {})
             self._begun_with = self._problem(connection)
         self.sync()
 
@@ -117,7 +118,7 @@ def read_record(problem: Problem, where: Path | str, name: str) -> SearchResult:
             study = find_study(connection, name)
             if study is None:
                 return SearchResult(problem, ())
-            _check_problem(connection, study, problem, {}, where=str(database), name=name, begins=False)
+            check_problem(connection, study, problem, {}, where=str(database), name=name)
             trials = read_trials(connection, study, first=0, where=str(database), study_name=name)
             return SearchResult(problem, tuple(trials))
     finally:
@@ -220,7 +221,7 @@ def find_study(connection: sa.Connection, name: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _check_problem(
+def check_problem(
     connection: sa.Connection,
     study: int,
     problem: Problem,
@@ -228,16 +229,22 @@ def _check_problem(
     *,
     where: str,
     name: str,
-    begins: bool = True,
+    but_for_limits: bool = False,
 ) -> None:
-    """Refuses a study of another problem; with `begins`, an empty one becomes this problem's."""
-    asked = {**signature(problem), **({"about": dict(about)} if about else {})}
-    table = tables.study_attributes
-    row = connection.execute(
-        sa.select(table.c.value_json).where(table.c.study_id == study, table.c.key == "problem")
-    ).scalar()
-    there = asked if row is None else json.loads(row)
-    differing = [key for key in signature(problem) if there.get(key) != asked[key]]
+    """Refuses a study of another problem; one that tells no problem yet is of any with its objectives.
+
+    Args:
+        study: its number in Optuna's tables, reached by `connection`.
+        problem, about: what it should be of, see `Record`.
+        where, name: how the study is called in messages.
+        but_for_limits: allows other limits.
+
+    Raises:
+        StudyMismatch: it differs in objectives, space, limits or something of `about`.
+    """
+    asked, text = signature(problem), _stored_problem(connection, study)
+    there = asked if text is None else json.loads(text)
+    differing = [key for key in asked if there.get(key) != asked[key]]
     told = tables.directions
     found = connection.execute(
         sa.select(told.c.direction).where(told.c.study_id == study).order_by(told.c.objective)
@@ -247,6 +254,8 @@ def _check_problem(
     known = there.get("about", {})
     differing += [key for key, value in about.items() if known.get(key, value) != value]
     if differing == ["limits"]:
+        if but_for_limits:
+            return
         raise StudyMismatch(
             f"{where} holds the study {name!r} with other limits; `nestling search` lays the run's "
             "limits over it"
@@ -256,7 +265,21 @@ def _check_problem(
             f"{where} holds the study {name!r} of another problem (it differs in {', '.join(differing)}); "
             "search in a new run folder, or remove that study"
         )
-    if begins and row is None:
+
+
+def _note_problem(connection: sa.Connection, study: int, problem: Problem, about: Mapping[str, str]) -> None:
+    """Makes a study that tells no problem yet this problem's."""
+    if _stored_problem(connection, study) is None:
+        asked = {**signature(problem), **({"about": dict(about)} if about else {})}
         connection.execute(
-            sa.insert(table).values(study_id=study, key="problem", value_json=json.dumps(asked))
+            sa.insert(tables.study_attributes).values(
+                study_id=study, key="problem", value_json=json.dumps(asked)
+            )
         )
+
+
+def _stored_problem(connection: sa.Connection, study: int) -> str | None:
+    table = tables.study_attributes
+    here = sa.and_(table.c.study_id == study, table.c.key == "problem")
+    text: str | None = connection.execute(sa.select(table.c.value_json).where(here)).scalar()
+    return text

@@ -18,10 +18,10 @@ from nestling.pipeline.listening import Silent
 from nestling.pipeline.searching import join_search, search_supernet
 from nestling.pipeline.settling import settle
 from nestling.pipeline.stages import open_run, prepare
-from nestling.pipeline.studies import is_searched, problem, searched, study_place
+from nestling.pipeline.studies import about, is_searched, problem, searched, study_place
 from nestling.pipeline.workbench import Workbench
 from nestling.run import Run, RunError
-from nestling.search import InfeasibleLimit, StudyMismatch, search
+from nestling.search import InfeasibleLimit, Problem, StudyMismatch, search
 from nestling.space import Arch
 
 TESTS = Path(__file__).parents[2]
@@ -76,6 +76,43 @@ def test_a_search_that_is_refused_leaves_run_and_study_as_they_were(
         search_supernet(open_run(run, overrides=[override]), listener=Silent())
     assert {name: (run / name).read_bytes() for name in before} == before
     assert len(searched(open_run(run)).complete) == 3
+
+
+@pytest.mark.parametrize("theirs", ["objectives", "space", "weights"])
+def test_a_search_that_is_sent_to_the_study_of_another_leaves_both_as_they_were(
+    run: Path, tmp_path: Path, theirs: str
+) -> None:
+    mine, file = open_run(run), tmp_path / "other.db"
+    space, objectives = mine.space, ("top1", "latency_ms") if theirs != "objectives" else ("top1",)
+    if theirs == "space":
+        first = space.open_choices[0]
+        space = space.only({first.name: first.values[:1]})
+    search(
+        Problem.parse(space, objectives=objectives, limits={}),
+        lambda _: {"top1": 0.5, "latency_ms": 1.0},
+        storage=file,
+        name="nestling",
+        trials=2,
+        about={**about(mine), "weights": "theirs" if theirs == "weights" else "abc"},
+    )
+    before = file.read_bytes(), (run / "config.json").read_bytes()
+    asked = [f"search.study={file}", "search.limits.latency_ms=5"]
+    with pytest.raises(StudyMismatch, match=rf"of another problem \(it differs in .*{theirs}"):
+        search_supernet(open_run(run, overrides=asked), listener=Silent())
+    assert (file.read_bytes(), (run / "config.json").read_bytes()) == before
+    assert len(searched(open_run(run)).complete) == 3
+
+
+def test_a_run_without_weights_lays_no_limits_over_the_study_of_another(run: Path, tmp_path: Path) -> None:
+    file, mine = tmp_path / "other.db", open_run(run)
+    metrics = {"top1": 0.5, "latency_ms": 1.0}
+    search(problem(mine), lambda _: metrics, storage=file, name="nestling", trials=2, about=about(mine))
+    before = file.read_bytes()
+    (run / "training" / "checkpoints.json").unlink()
+    asked = [f"search.study={file}", "search.limits.latency_ms=5"]
+    with pytest.raises(StudyMismatch, match=r"differs in limits, weights"):
+        prepare(load_config(TESTS / "toy.toml", overrides=asked), run, listener=Silent())
+    assert file.read_bytes() == before
 
 
 def test_a_run_of_before_whose_limits_were_left_bad_is_told_so_and_mended(run: Path) -> None:

@@ -88,16 +88,43 @@ def test_a_limit_on_what_was_not_measured_is_refused(space: SearchSpace, toy: Ev
 
 
 def test_nothing_is_changed_where_there_is_no_such_study(
-    space: SearchSpace, toy: Evaluate, file: Path, tmp_path: Path
+    space: SearchSpace, file: Path, tmp_path: Path
 ) -> None:
     strict = limited(space, latency_ms=8.0)
     assert change_limits(strict, storage=tmp_path / "none.db", name="toy") == 0
     assert not (tmp_path / "none.db").exists()
     assert change_limits(strict, storage=file, name="toy") == 0
-    other = Problem.parse(space, objectives=["top1"], limits={})
-    search(other, toy, storage=file, name="toy", trials=1)
-    assert change_limits(strict, storage=file, name="toy") == 0
-    assert len(load_result(other, storage=file, name="toy").trials) == 1
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    assert change_limits(strict, storage=empty, name="toy") == 0
+
+
+def test_the_limits_of_a_study_of_something_else_stay(space: SearchSpace, toy: Evaluate, file: Path) -> None:
+    strict, mine = limited(space, latency_ms=8.0), {"images": "these", "weights": "mine"}
+    search(limited(space), toy, storage=file, name="toy", trials=2, about=mine)
+    before = file.read_bytes()
+    smaller = limited(space.only({space.open_choices[0].name: space.open_choices[0].values[:1]}))
+    ours = limited(space)
+    for other, about, differing in (
+        (Problem.parse(space, objectives=["top1"], limits={}), mine, "objectives"),
+        (Problem.parse(space, objectives=["top1"], limits={"latency_ms": 8.0}), mine, "objectives, limits"),
+        (smaller, mine, "space"),
+        (strict, {**mine, "weights": "yours"}, "limits, weights"),
+        (ours, {**mine, "weights": ""}, "weights"),
+    ):
+        with pytest.raises(StudyMismatch, match=rf"of another problem \(it differs in {differing}\)"):
+            change_limits(other, storage=file, name="toy", about=about)
+        assert file.read_bytes() == before
+    assert change_limits(strict, storage=file, name="toy", about=mine) == 2
+
+
+def test_trials_of_another_tool_have_no_limits_laid_over(space: SearchSpace, file: Path) -> None:
+    theirs = optuna.create_study(
+        study_name="toy", storage=f"sqlite:///{file}", directions=["maximize", "minimize"]
+    )
+    theirs.add_trial(optuna.trial.create_trial(values=[0.5, 1.0]))
+    with pytest.raises(StudyMismatch, match="was not written by a search of Nestling"):
+        change_limits(limited(space), storage=file, name="toy")
 
 
 def test_a_search_under_way_hears_of_other_limits(space: SearchSpace, toy: Evaluate, file: Path) -> None:
