@@ -74,35 +74,53 @@ def _prepare(
         bench = Workbench(run, ranks=ranks, config=config)
     else:
         bench = Workbench(Run.create(folder, config), ranks=ranks)
-        kept, file = run.given_space_file, Path(config.space)
-        if like is None and kept.exists() and file.exists() and load_space(file) != load_space(kept):
-            run.forget_derived()  # nothing is trained yet: the space that was mended is the run's
-        if like is not None and given is not None and not run.space_file.exists():
-            save_space(given, run.given_space_file)
-            # its images are those of the other run, as they were split then
-            run.write_json("data.json", like.run.read_json("data.json"))
-    if continued:
-        listener.note(f"continuing the run in {folder}")
-    listener.stage("prepare")
+    try:
+        if not begun:
+            _lay_space(bench, given=given, like=like)
+        if continued:
+            listener.note(f"continuing the run in {folder}")
+        listener.stage("prepare")
+        _check_usable(bench, given=given, listener=listener)
+        if begun and run.changes(config) & SETTLED:
+            settle(bench, note=listener.note)
+        elif begun:
+            run.keep(config)
+        run.write_json("data.json", data_facts(bench))
+        listener.note(f"device: {bench.device.fingerprint}")
+    except BaseException:
+        bench.close()  # the device that precisions were tried on
+        raise
+    return bench
+
+
+def _lay_space(bench: Workbench, *, given: SearchSpace | None, like: Workbench | None) -> None:
+    """Gives a run that is not begun the space that is asked for: its file's, or that of the run `like`."""
+    run, file = bench.run, Path(bench.config.space)
+    kept = run.given_space_file
+    if like is None and kept.exists() and file.exists() and load_space(file) != load_space(kept):
+        run.forget_derived()  # nothing is trained yet: the space that was mended is the run's
+    if like is not None and given is not None and not run.space_file.exists():
+        save_space(given, kept)
+        # its images are those of the other run, as they were split then
+        run.write_json("data.json", like.run.read_json("data.json"))
+
+
+def _check_usable(bench: Workbench, *, given: SearchSpace | None, listener: Listener) -> None:
+    """Refuses what cannot be used, the space `given` among it, or its file's where none is.
+
+    Raises:
+        ConfigError: it says what; other errors than those of bad values pass.
+    """
+    file = Path(bench.config.space)
     try:
         offer_precisions(bench, listener=listener)
-        if given is None and Path(config.space).exists():
-            given = load_space(Path(config.space))
+        if given is None and file.exists():
+            given = load_space(file)
         if given is not None and bench.fitted(given) != bench.space:
-            raise ConfigError(f"{config.space} was changed since {folder} began; begin a new run")
+            raise ConfigError(f"{file} was changed since {bench.run.folder} began; begin a new run")
         _refuse_early(bench)
-    except Exception as error:
-        bench.close()  # the device that precisions were tried on
-        if isinstance(error, ValueError | KeyError | TypeError):
-            raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
-        raise
-    if begun and run.changes(config) & SETTLED:
-        settle(bench, note=listener.note)
-    elif begun:
-        run.keep(config)
-    run.write_json("data.json", data_facts(bench))
-    listener.note(f"device: {bench.device.fingerprint}")
-    return bench
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
 
 
 def _given_space(bench: Workbench) -> SearchSpace:
@@ -234,14 +252,18 @@ def begin_from(folder: Path, *, other: Path, overrides: Sequence[str], listener:
             f"a run with the supernet of {other} cannot have another {', '.join(fixed)}; train one of its own"
         )
     bench = _prepare(config, folder, listener=listener, like=source)
-    copied = folder / "training.copied"
-    if not bench.checkpoints.exists():
-        shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(source.checkpoints, copied)
-        copied.rename(bench.checkpoints)
-    if weights(bench) != weights(source):
-        raise RunError(f"{folder} has a supernet of its own; begin in another folder")
-    bench.run.write_json("training.json", source.run.read_json("training.json"))
+    try:
+        copied = folder / "training.copied"
+        if not bench.checkpoints.exists():
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(source.checkpoints, copied)
+            copied.rename(bench.checkpoints)
+        if weights(bench) != weights(source):
+            raise RunError(f"{folder} has a supernet of its own; begin in another folder")
+        bench.run.write_json("training.json", source.run.read_json("training.json"))
+    except BaseException:
+        bench.close()
+        raise
     return bench
 
 

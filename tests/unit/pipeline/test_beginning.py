@@ -82,3 +82,15 @@ def test_other_images_are_refused_before_anything_is_copied(source: Path) -> Non
     with pytest.raises(RunError, match="no longer those"):
         begun(source)
     assert not (source.with_name("new") / "training").exists()
+
+
+def test_a_device_is_let_go_where_a_folder_has_a_supernet_of_its_own(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = begun(source).checkpoints
+    (checkpoints / "checkpoints.json").write_text('[{"sha256": "another"}]')
+    closed: list[Workbench] = []
+    monkeypatch.setattr(Workbench, "close", lambda bench: closed.append(bench))
+    with pytest.raises(RunError, match="has a supernet of its own"):
+        begun(source)
+    assert len(closed) == 1

@@ -155,6 +155,23 @@ def test_a_configuration_that_is_refused_leaves_a_run_that_has_begun_as_it_was(r
     assert searched(open_run(run)).problem.limits == problem(open_run(run)).limits != ()
 
 
+def test_what_is_refused_late_ends_the_devices_worker(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Workbench] = []
+    monkeypatch.setattr(Workbench, "close", lambda bench: closed.append(bench))
+    refused = load_config(TESTS / "toy.toml", overrides=["search.limits.size_mb=5.0"])
+    with pytest.raises(StudyMismatch, match="evaluated without size_mb"):
+        prepare(refused, run, listener=Silent())
+    assert len(closed) == 1
+
+    def fail(_: Workbench) -> None:
+        raise OSError("the images are gone")
+
+    monkeypatch.setattr(stages, "data_facts", fail)
+    with pytest.raises(OSError, match="the images are gone"):
+        prepare(load_config(TESTS / "toy.toml"), run, listener=Silent())
+    assert len(closed) == 2
+
+
 def test_a_space_may_be_mended_until_training_begins(tmp_path: Path) -> None:
     space = Path(shutil.copy(TESTS / "toy_space.toml", tmp_path / "space.toml"))
     config = load_config(TESTS / "toy.toml").model_copy(update={"space": str(space)})
