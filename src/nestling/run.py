@@ -28,11 +28,16 @@ CHANGEABLE = OF_A_MACHINE | {
     "profile.timeout_seconds",
 }  # fmt: skip
 """What may change after training has begun: it alters nothing that was measured."""
+FORGETS_NOTHING = CHANGEABLE - {"data.source", "search.limits"}
+"""What may change before training while all that was found stays.
+
+Other images may have other classes, and whether latency is limited decides which precisions are offered.
+"""
 DERIVED = (
     "space.toml", "space_given.toml", "data.json", "precisions.json", "teachers.json",
     "latency_measured.json", "latency_model.json",
 )  # fmt: skip
-"""What comes of a configuration before training: another one begins without it.
+"""What comes of a configuration before training: one that differs in what it came of begins without it.
 
 Times of files are in the measurement store all the same.
 """
@@ -122,9 +127,11 @@ class Run:
             run.keep(config)
             return run
         if run.config_file.exists():
-            if not run.changes(config):
+            changed = run.changes(config)
+            if not changed:
                 return run
-            run.forget_derived()
+            if changed - FORGETS_NOTHING:
+                run.forget_derived()
         run.write_json("provenance.json", provenance())
         run._write_config(config)
         return run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestling import run as module
-from nestling.config import ConfigError, RunConfig
+from nestling.config import ConfigError, RunConfig, override_config
 from nestling.pipeline.latency import MEASURED, MODEL
 from nestling.pipeline.teaching import TEACHERS
 from nestling.pipeline.workbench import OFFERED
@@ -99,6 +99,30 @@ def test_before_training_a_configuration_is_replaced_with_all_that_came_of_it(
     assert Run.create(tmp_path, other).config() == other
     assert [name for name in old if (tmp_path / name).exists()] == []
     assert (tmp_path / "measurements.db").exists()  # of files, whatever configuration they are of
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["search.trials=200"], True),
+        (["data.workers=1", "profile.timeout_seconds=9.0", "export.members=2"], True),
+        (["search.trials=200", 'search.objectives=["top1"]'], False),
+        (["search.limits.latency_ms=5"], False),  # precisions that have no latency are dropped
+        (["data.source=/elsewhere"], False),
+        (["profile.device=ssh://pi@board/ort:cpu"], False),
+    ],
+)
+def test_before_training_no_more_is_forgotten_than_came_of_what_changed(
+    tmp_path: Path, overrides: list[str], kept: bool
+) -> None:
+    other = override_config(CONFIG, overrides)
+    assert other != CONFIG
+    run = Run.create(tmp_path, CONFIG)
+    files = [run.space_file, tmp_path / "data.json", tmp_path / MEASURED, tmp_path / MODEL]
+    for file in files:
+        file.write_text("of the old one")
+    assert Run.create(tmp_path, other).config() == other
+    assert [file.exists() for file in files] == [kept] * 4
 
 
 def test_a_search_may_be_extended_after_training_has_begun(tmp_path: Path) -> None:
