@@ -12,7 +12,7 @@ from nestling.search import tables
 from nestling.search.database import Database, StudyMismatch, sqlite_path, study_url
 from nestling.search.objectives import Limit, Problem
 from nestling.search.record import check_problem, find_study, read_trials, signature
-from nestling.search.study import check_smallest
+from nestling.search.result import check_smallest
 
 
 def parse_limits(*, at_most: Iterable[str], at_least: Iterable[str]) -> dict[str, float]:

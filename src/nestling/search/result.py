@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from nestling.search.objectives import Metrics, Problem
+from nestling.search.objectives import Metrics, Problem, check_limits
 from nestling.search.pareto import nondominated, spread
 from nestling.space import Arch
 
@@ -91,6 +91,18 @@ class SearchResult:
     def unstable(self) -> tuple[Trial, ...]:
         """The members of the front whose latency was unstable each time that it was measured."""
         return tuple(trial for trial in self.front if trial.metrics.get("latency_unstable", 0.0) > 0)
+
+
+def check_smallest(problem: Problem, trials: Sequence[Trial]) -> None:
+    """Refuses limits that not even the smallest network keeps, once it was tried.
+
+    Raises:
+        InfeasibleLimit: a cost of the smallest network is beyond its limit.
+    """
+    smallest = problem.space.smallest
+    found = next((trial for trial in trials if trial.state == "complete" and trial.arch == smallest), None)
+    if found is not None:
+        check_limits(problem, smallest=found.metrics)
 
 
 def spread_along_front(result: SearchResult, count: int) -> tuple[Trial, ...]:

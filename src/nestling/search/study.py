@@ -15,12 +15,12 @@ from pathlib import Path
 
 from nestling.search.ending import Ending
 from nestling.search.losses import Exact
-from nestling.search.objectives import Metrics, Problem, check_limits
+from nestling.search.objectives import Metrics, Problem
 from nestling.search.opening import open_queue
 from nestling.search.proposing import DEFAULT, PLANNED, Proposer, make_proposer, usual_batch
 from nestling.search.queue import LEASE_SECONDS, Proposing, Task
 from nestling.search.record import Record, read_record
-from nestling.search.result import SearchResult, Trial
+from nestling.search.result import SearchResult, Trial, check_smallest
 from nestling.search.stopping import Stopping
 from nestling.space import Arch
 
@@ -188,18 +188,6 @@ def load_result(problem: Problem, *, storage: Path | str, name: str) -> SearchRe
         StudyUnavailable: the database cannot be reached.
     """
     return read_record(problem, storage, name)
-
-
-def check_smallest(problem: Problem, trials: Sequence[Trial]) -> None:
-    """Refuses limits that not even the smallest network keeps, once it was tried.
-
-    Raises:
-        InfeasibleLimit: a cost of the smallest network is beyond its limit.
-    """
-    smallest = problem.space.smallest
-    found = next((trial for trial in trials if trial.state == "complete" and trial.arch == smallest), None)
-    if found is not None:
-        check_limits(problem, smallest=found.metrics)
 
 
 def _tell(record: Record, told: int, on_trial: Callable[[Trial, SearchResult], None] | None) -> int:
