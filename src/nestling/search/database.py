@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -21,6 +20,8 @@ from nestling.search.samplers import quiet
 
 LOCK_SECONDS = 60
 CONNECT_SECONDS = 10
+MARKER_SECONDS = 10.0
+"""How long a process may take to rename a file before it counts as killed."""
 SQLITE_HEADER = b"SQLite format 3\0"
 POSTGRES = "postgresql+psycopg"
 EXTRA = "pip install 'nestling[postgres]'"
@@ -237,20 +238,41 @@ def _begin(path: Path, prepare: Callable[[Database], None]) -> None:
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """Gives the file `temporary` the name `path`, unless there is a file of that name."""
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    """Gives the file `temporary` the name `path`, unless there is a file of that name.
+
+    A rename would replace one, so who renames makes a marker first, which one process alone can. Where the
+    marker of a killed one stays, the next marker has the next number; each is waited for and none is taken
+    over, as two that wait could both take it.
+    """
+    number, since = 0, time.monotonic()
     try:
-        with suppress(OSError):  # a network's file system may know no locks either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not path.exists():  # a rename would replace it
-            temporary.rename(path)
+        while not path.exists():
+            marker = _marker(path, number)
+            try:
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            except FileExistsError:
+                if time.monotonic() - since > MARKER_SECONDS:
+                    number, since = number + 1, time.monotonic()
+                else:
+                    time.sleep(MARKER_SECONDS / 200)
+                continue
+            try:
+                if not path.exists():
+                    temporary.rename(path)
+                    # the markers of killed processes, which nobody heeds any more
+                    for dead in range(number):
+                        _marker(path, dead).unlink(missing_ok=True)
+            finally:
+                marker.unlink(missing_ok=True)
     except OSError as error:
         raise StudyUnavailable(
             f"{path} cannot be made: {error.strerror}; give the path of a file on another file system, or a "
             "database's URL, by `--study`"
         ) from None
-    finally:
-        os.close(descriptor)
+
+
+def _marker(path: Path, number: int) -> Path:
+    return path.with_name(f".{path.name}.taken{number}")
 
 
 def _engine(url: sa.URL) -> sa.Engine:

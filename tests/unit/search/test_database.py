@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from nestling.search import StudyMismatch, StudyUnavailable
+from nestling.search import database as module
 from nestling.search.database import Database, study_url
 
 
@@ -151,6 +152,47 @@ def test_a_file_is_made_where_the_file_system_knows_neither_links_nor_rights(
 
     Database(other, prepare=overtaken).close()
     assert other.read_bytes().endswith(b"theirs")
+
+
+def test_of_two_that_make_a_file_without_links_and_locks_the_second_keeps_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "not here")
+
+    file, real, renamed = tmp_path / "study.db", Path.rename, list[Path]()
+    ready = threading.Event()
+    second = threading.Thread(target=lambda: Database(file, prepare=lambda _: ready.set()).close())
+
+    def overtaken(self: Path, target: Path) -> Path:
+        renamed.append(self)
+        if len(renamed) == 1:  # between the look at the name and the rename
+            second.start()
+            ready.wait(5)
+            second.join(0.05)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(Path, "rename", overtaken)
+    Database(file, prepare=lambda _: None).close()
+    second.join()
+    assert len(renamed) == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_process_left_that_was_killed_at_the_rename_keeps_nobody_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "not here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr(module, "MARKER_SECONDS", 0.02)
+    file = tmp_path / "study.db"
+    for number in range(2):
+        (tmp_path / f".study.db.taken{number}").touch()
+    Database(file, prepare=lambda _: None).close()
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_that_cannot_take_its_name_is_told_with_what_would_do(
