@@ -242,8 +242,9 @@ def worker(
 ) -> None:
     """Evaluate candidates of a search beside other processes, until it is done.
 
-    On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database. What is set is
-    this worker's alone, such as data.source where images lie elsewhere.
+    On another machine RUN is a copy of the run's folder, and the study a PostgreSQL database.
+
+    `--set` holds for this worker alone: data.source, where images lie elsewhere.
     """
     _keep_memory()
     _check_run(folder)
